@@ -1,0 +1,118 @@
+"""What a model is worth: greedy summaries of held-out posts, and what can be counted about them.
+
+    python eval.py tiny runs/tiny-1            # any mix of model folders and runs, one row each
+
+The training loop calls `evaluate` before, between and after its stages, so the numbers of a run and the numbers of this
+command are the same numbers.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, pstdev
+
+from model import load
+from rewards import rouge_l
+from rollout import TINY, Post, choose_template, load_posts, sample, tokenize
+
+
+@dataclass
+class Config:
+    """What an evaluation needs to know; `train.Config` has the same three names."""
+
+    target: int = 32  # wanted summary length, in tokens
+    max_new_tokens: int = 0  # where a summary is cut; 0: twice the target
+    template: str = ""  # of the prompt; "": whatever fits the tokenizer
+
+
+def evaluate(model, tokenizer, posts: list[Post], config, batch: int = 64) -> dict:
+    """Greedy summaries of all posts -> what the README's table of metrics explains, and the summaries themselves.
+
+    n; length and length_std in tokens; within_2 and within_10pct, the shares of summaries at most 2 tokens and at most
+    10% of the target away from it; rouge_l, mean F1 against the references; stopped, the share that ended by itself;
+    summaries, one {id, summary, length, rouge_l} a post. An empty summary counts like any other: it is 0 tokens long.
+    """
+    template = config.template or choose_template(tokenizer)
+    rows = []
+    order = sorted(range(len(posts)), key=lambda i: len(posts[i].document))  # like lengths together: less padding
+    for at in range(0, len(order), batch):
+        some = [posts[i] for i in order[at:at + batch]]
+        prompts = [tokenize(tokenizer, post, template, config.target) for post in some]
+        groups = sample(model, prompts, 1, config.max_new_tokens or 2 * config.target, temperature=0.0,
+                        tokenizer=tokenizer)
+        rows += [{"id": post.id, "summary": group.texts[0], "length": int(group.lengths[0]),
+                  "rouge_l": rouge_l(group.texts[0], post.reference), "stopped": bool(group.stopped[0])}
+                 for post, group in zip(some, groups)]
+    rows = [rows[order.index(i)] for i in range(len(posts))]  # back to the order of the posts
+    lengths = [row["length"] for row in rows]
+    return {
+        "n": len(rows),
+        "length": fmean(lengths),
+        "length_std": pstdev(lengths),
+        **within(lengths, config.target),
+        "rouge_l": fmean(row["rouge_l"] for row in rows),
+        "stopped": fmean(row.pop("stopped") for row in rows),
+        "summaries": rows,
+    }
+
+
+def within(lengths: list[int], target: int) -> dict[str, float]:
+    """The two shares of lengths near the target.
+
+    >>> within([30, 32, 35, 64], target=32)
+    {'within_2': 0.5, 'within_10pct': 0.75}
+    """
+    off = [abs(n - target) for n in lengths]
+    return {"within_2": fmean(d <= 2 for d in off), "within_10pct": fmean(d <= 0.1 * target for d in off)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("models", nargs="+", metavar="RUN_OR_MODEL", help="a run, a model folder, or 'tiny'")
+    parser.add_argument("--data", help="posts: tiny, a folder, or a .jsonl file (default: the run's own, or tiny)")
+    parser.add_argument("--split", default="test", help="which file of a folder")
+    parser.add_argument("--target", type=int, help="wanted length in tokens (default: the run's own, or 32)")
+    parser.add_argument("--max-new-tokens", type=int, default=0, help="where a summary is cut (0: twice the target)")
+    parser.add_argument("--template", default="", help="chatml or plain (default: whatever fits the tokenizer)")
+    parser.add_argument("--n", type=int, help="only the first N posts")
+    parser.add_argument("--show", type=int, default=0, help="print this many summaries of each model")
+    args = parser.parse_args(argv)
+    print(f"{'model':32} {'n':>5} {'length':>12} {'+-2':>6} {'+-10%':>6} {'ROUGE-L':>8} {'stopped':>8}")
+    try:
+        for name in args.models:
+            folder, run = find_model(name)
+            config = Config(args.target or run.get("target", 32), args.max_new_tokens or run.get("max_new_tokens", 0),
+                            args.template or run.get("template", ""))
+            model, tokenizer = load(folder)
+            posts = load_posts(args.data or run.get("eval_data") or run.get("data", "tiny"), args.split)[:args.n]
+            if tokenizer is None:
+                raise ValueError(f"{folder} has no tokenizer.json, so its tokens cannot be read.")
+            r = evaluate(model, tokenizer, posts, config)
+            print(f"{name:32} {r['n']:5} {r['length']:6.1f} ±{r['length_std']:4.1f} {r['within_2']:6.1%} "
+                  f"{r['within_10pct']:6.1%} {r['rouge_l']:8.3f} {r['stopped']:8.1%}", flush=True)
+            for row, post in zip(r["summaries"][:args.show], posts):
+                print(f"    {row['id']}: {row['summary']!r} ({row['length']} tokens)\n    for {post.reference!r}")
+    except (ValueError, OSError) as e:
+        print(f"eval.py: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def find_model(name: str) -> tuple[str | Path, dict]:
+    """A run's folder -> (its model folder, its config); anything else -> (itself, {})."""
+    path = Path(name)
+    if name == "tiny":
+        return TINY, {}
+    if not (path / "metrics.jsonl").exists():
+        return name, {}
+    if not (path / "model").is_dir():
+        raise FileNotFoundError(f"{path} has no model yet: the run was not finished. Continue it with "
+                                f"python train.py --run {path.name} --resume.")
+    return path / "model", json.loads((path / "config.json").read_text())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,515 @@
+"""The policy: a decoder-only transformer, read from and written to a Hugging Face folder.
+
+One class serves every family: `qwen2`, `qwen3` and `llama` differ by three switches (a bias on q/k/v, a norm on q and
+k, an explicit head size), and the switches are set by the folder's own `config.json`. Module names are the names in
+the safetensors file, so that loading is a dictionary and not a translation.
+
+Shapes: N rows (= B prompts x G completions, or just rows), T tokens of this call, S tokens a row has read since its
+prompt, P prompt tokens, V vocabulary, D hidden size, H query heads, K key/value heads, R = H / K queries that share
+one key, hd head size.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# "lfm2" joins here: its layers need a short convolution beside attention, and a cache for it.
+FAMILIES = ("qwen2", "qwen3", "llama")
+# Files beside the weights that say how to tokenise, chat and stop: kept in memory by `load`, written again by `save`.
+SIDECARS = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json", "special_tokens_map.json",
+            "added_tokens.json", "vocab.json", "merges.txt")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The numbers of `config.json` that change the computation, with one spelling for each."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+
+def read_config(raw: dict, where: str, generation: dict | None = None) -> Config:
+    """`config.json` as a dict (and `generation_config.json`, which may name further stop tokens) -> Config.
+
+    A family or feature that this file does not compute is refused here: a model that loads but computes something
+    slightly different would train, and teach nothing.
+    """
+    def need(key):
+        if key not in raw:
+            raise ValueError(f"{where} has no '{key}': is it the config of a causal language model?")
+        return raw[key]
+
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"{where} says model_type '{family}': crisp knows {', '.join(FAMILIES)}.")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # new spelling, old spelling
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    for refused, says in ((rope_type != "default", f"rope type '{rope_type}'"),
+                          (raw.get("use_sliding_window"), "sliding-window attention"),
+                          (raw.get("hidden_act", "silu") != "silu", f"activation '{raw.get('hidden_act')}'")):
+        if refused:
+            raise ValueError(f"{where} asks for {says}, which crisp does not compute.")
+    heads = need("num_attention_heads")
+    bias = bool(raw.get("attention_bias", False))
+    eos = [(source or {}).get("eos_token_id") for source in (raw, generation)]
+    eos = [i for ids in eos if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
+    return Config(
+        model_type=family, vocab_size=need("vocab_size"), hidden_size=need("hidden_size"),
+        intermediate_size=need("intermediate_size"), num_hidden_layers=need("num_hidden_layers"),
+        num_attention_heads=heads, num_key_value_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads, rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+        max_position_embeddings=raw.get("max_position_embeddings", 2048),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2" or bias, o_bias=family != "qwen2" and bias,
+        mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)), qk_norm=family == "qwen3",
+        bos_token_id=raw.get("bos_token_id"), eos_token_ids=tuple(dict.fromkeys(eos)))
+
+
+# --- the layers ------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019). In float32: bf16 squares lose the small features."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))  # [size]
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x if x.dtype == torch.float64 else x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+
+def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Angles of rotary position embedding (Su et al. 2021), cos and sin [N, T, 1, hd] for positions [N, T].
+
+    Feature pair (i, i + hd/2) of a head turns by position * theta^(-2i/hd). Angles are float32 (float64 for float64
+    models): in bf16 position 1000 and 1001 would be one position.
+    """
+    exact = torch.promote_types(dtype, torch.float32)
+    power = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim  # [hd/2]
+    angle = positions[..., None].to(exact) / (theta ** power).to(exact)  # [N, T, hd/2]
+    angle = torch.cat([angle, angle], -1)[:, :, None]  # [N, T, 1, hd]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn every head of x [N, T, heads, hd] by its position's angles, in the rotate-half layout of Hugging Face."""
+    cos, sin = rope  # [N, T, 1, hd] each
+    low, high = x.chunk(2, -1)  # [N, T, heads, hd/2] each
+    return x * cos + torch.cat([-high, low], -1) * sin
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, shared=None) -> Tensor:
+    """softmax(q k^T / sqrt(hd)) v over a row's own tokens and, where there is one, its group's shared prompt.
+
+    q [N, H, T, hd]; k, v [N, K, S, hd]; allowed [N or 1, 1, T, S] bool, None when every key may be seen;
+    shared = (k [B, K, P, hd], v, mask [B, P] or None). Returns [N, H, T, hd].
+
+    The G rows of a group ask the same prompt keys, so their queries are laid side by side and meet one copy of them:
+    [G*R*T, hd] x [hd, P] is one large product, where G copies of the keys would be G small ones and G times the memory.
+    Both kinds of scores then share one softmax, which makes this equal to plain attention over prompt + own tokens.
+    """
+    if shared is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=q.shape[1] != k.shape[1])
+    (N, H, T, hd), (_, K, S, _), (pk, pv, pmask) = q.shape, k.shape, shared
+    B, P = pk.shape[0], pk.shape[2]
+    G, R = N // B, H // K
+    q = q.view(N, K, R * T, hd) * hd ** -0.5
+    own = q @ k.transpose(-1, -2)  # [N, K, R*T, S]
+    if allowed is not None:
+        own = own.view(N, K, R, T, S).masked_fill(~allowed[:, :, None], -torch.inf)
+    own = own.reshape(B, G, K, R * T, S).transpose(1, 2)  # [B, K, G, R*T, S]
+    grouped = q.view(B, G, K, R * T, hd).transpose(1, 2).reshape(B, K, G * R * T, hd)
+    prompt = grouped @ pk.transpose(-1, -2)  # [B, K, G*R*T, P]
+    if pmask is not None:
+        prompt = prompt.masked_fill(~pmask[:, None, None], -torch.inf)
+    scores = torch.cat([prompt.view(B, K, G, R * T, P), own], -1)  # [B, K, G, R*T, P+S]
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    wp, wo = weights.split([P, S], -1)  # [B, K, G, R*T, P], [B, K, G, R*T, S]
+    out = (wp.reshape(B, K, G * R * T, P) @ pv).view(B, K, G, R * T, hd).transpose(1, 2)  # [B, G, K, R*T, hd]
+    out = out.reshape(N, K, R * T, hd) + wo.transpose(1, 2).reshape(N, K, R * T, S) @ v  # [N, K, R*T, hd]
+    return out.reshape(N, H, T, hd)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023): H query heads read K key/value heads, R = H / K to each."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+        if c.qk_norm:  # Qwen3: over each head's features, before the rotation
+            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.qk_norm = c.qk_norm
+
+    def forward(self, x, rope, allowed, shared, past):
+        """x [N, T, D] -> ([N, T, D], (k, v) of all the row's own tokens [N, K, S, hd])."""
+        N, T, _ = x.shape
+        q = self.q_proj(x).view(N, T, -1, self.head_dim)  # [N, T, H, hd]
+        k = self.k_proj(x).view(N, T, -1, self.head_dim)  # [N, T, K, hd]
+        v = self.v_proj(x).view(N, T, -1, self.head_dim)  # [N, T, K, hd]
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))  # [N, H or K, T, hd]
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)  # [N, K, S, hd]
+        out = attend(q.contiguous(), k, v, allowed, shared)  # [N, H, T, hd]
+        return self.o_proj(out.transpose(1, 2).reshape(N, T, -1)), (k, v)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate x) * up x)."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """x += attention(norm(x)); x += mlp(norm(x)). LFM2's layer will differ in its first half only."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, rope, allowed, shared, past):
+        h, own = self.self_attn(self.input_layernorm(x), rope, allowed, shared, past)
+        x = x + h
+        return x + self.mlp(self.post_attention_layernorm(x)), own
+
+
+class Cache:
+    """What a decoder remembers: keys and values, per layer, of `shared` prompts [B, K, P, hd] and of each row's `own`
+    tokens since [N, K, S, hd].
+
+    Fill it by passing it to `model.hidden`; `share(G)` turns everything read so far into a prompt for G rows each.
+    Nothing is written in place, so gradients flow through it: training runs a prompt once for a whole group.
+    """
+
+    def __init__(self):
+        self.shared = self.own = None  # lists of (k, v), one a layer
+        self.shared_mask = self.own_mask = None  # [B, P], [N, S] bool; None: no padding in there
+        self.lengths = 0  # real tokens each row has read: a number, or [N, 1]
+
+    def share(self, G: int) -> "Cache":
+        """The B rows read so far become prompts; the next call brings B*G rows, G after G."""
+        self.shared, self.own = self.own, None
+        self.shared_mask, self.own_mask = self.own_mask, None
+        if torch.is_tensor(self.lengths):
+            self.lengths = self.lengths.repeat_interleave(G, 0)  # [N, 1]
+        return self
+
+    def keep(self, prompts: Tensor, rows: Tensor) -> None:
+        """Drop what is finished: keep these prompts [B'] and these rows [N'] (B' groups of equal size, in order)."""
+        def pick(layers, index):
+            return layers and [(k.index_select(0, index), v.index_select(0, index)) for k, v in layers]
+
+        if len(prompts) < self.shared[0][0].shape[0]:  # the large half; copied only when a whole group is done
+            self.shared = pick(self.shared, prompts)
+            self.shared_mask = self.shared_mask if self.shared_mask is None else self.shared_mask[prompts]
+        self.own = pick(self.own, rows)
+        self.own_mask = self.own_mask if self.own_mask is None else self.own_mask[rows]
+        self.lengths = self.lengths[rows] if torch.is_tensor(self.lengths) else self.lengths
+
+
+class Transformer(nn.Module):
+    """Token ids in, logits out; `hidden` gives the states before the head, which is where the large tensor begins."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.raw_config: dict = {}  # config.json as it was read, for `save`
+        self.sidecars: dict[str, bytes] = {}  # files of the folder that pass through unchanged
+        self.checkpointing = False  # recompute each layer in backward: less memory, about a third more work
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head(self) -> Tensor:
+        """The output matrix [V, D]; the embedding itself when the two are tied."""
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """tokens [N, T] (mask [N, T]: True where a token is real) -> logits [N, T, V]."""
+        return self.hidden(tokens, mask=mask) @ self.head.T
+
+    def hidden(self, tokens: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+        """tokens [N, T] -> final hidden states [N, T, D]; with a cache, tokens continue what it has read.
+
+        mask [N, T] bool is False on padding, left or right: nobody attends to it and it takes no position. Its own
+        hidden states are meaningless.
+        """
+        cache = Cache() if cache is None else cache
+        (N, T), device = tokens.shape, tokens.device
+        read = cache.lengths  # a number, or [N, 1]
+        if mask is None:
+            positions = (torch.arange(T, device=device) + read).expand(N, T)  # [N, T]
+            cache.lengths = read + T
+        else:
+            positions = (mask.cumsum(1) - 1).clamp(min=0) + read  # [N, T]
+            cache.lengths = read + mask.sum(1, keepdim=True)
+        past = cache.own[0][0].shape[2] if cache.own else 0
+        S = past + T
+        if mask is not None or cache.own_mask is not None:
+            ones = torch.ones(N, 1, dtype=torch.bool, device=device)  # [N, 1]
+            before = ones.expand(N, past) if cache.own_mask is None else cache.own_mask  # [N, past]
+            now = ones.expand(N, T) if mask is None else mask.bool()  # [N, T]
+            cache.own_mask = torch.cat([before, now], 1)  # [N, S]
+        causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(past)  # [T, S]
+        allowed = None if T == 1 else causal[None, None]  # [1, 1, T, S]
+        if cache.own_mask is not None:
+            # A padded query would see no key at all, and a softmax over nothing is NaN: let it see itself.
+            itself = torch.eye(T, S, dtype=torch.bool, device=device).roll(past, 1)  # [T, S]
+            allowed = (causal & cache.own_mask[:, None] | itself)[:, None]  # [N, 1, T, S]
+        x = self.embed_tokens(tokens)  # [N, T, D]
+        rope = rope_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)  # 2 x [N, T, 1, hd]
+        own = []
+        for i, layer in enumerate(self.layers):
+            shared = cache.shared and (*cache.shared[i], cache.shared_mask)
+            args = (x, rope, allowed, shared, cache.own and cache.own[i])
+            if self.checkpointing and torch.is_grad_enabled():
+                x, kv = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, kv = layer(*args)
+            own.append(kv)
+        cache.own = own
+        return self.norm(x)
+
+
+def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sequences [n_i] -> (padded on the right with 0, mask), both [len(rows), max n_i]."""
+    padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    lengths = torch.tensor([len(r) for r in rows], device=padded.device)
+    return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+
+
+# --- log-probabilities without the [T, V] tensor ----------------------------------------------------------------------
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log p(target) for each position, a chunk of positions at a time, and again in backward.
+
+    With z = h W^T / temperature and p = softmax(z): d logp / dz = onehot(target) - p, so backward needs p, which is as
+    large as z. Recomputing it costs one more product with W and saves [positions, V] floats: 3.7 GB for 16 completions
+    of 64 tokens and forward and gradient copies of Qwen's 151,936 words.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk):
+        logp, entropy = [], []
+        for h, t in zip(hidden.split(chunk), targets.split(chunk)):
+            log_p = _TokenLogprobs.log_softmax(h, weight, temperature)  # [chunk, V]
+            logp.append(log_p.gather(-1, t[:, None]).squeeze(-1))  # [chunk]
+            entropy.append(-(log_p.exp() * log_p).sum(-1))  # [chunk]
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        logp, entropy = torch.cat(logp), torch.cat(entropy)  # [M], [M]
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def log_softmax(h, weight, temperature):
+        """[chunk, D] x [V, D] -> log-probabilities [chunk, V] in float32 (float64 stays)."""
+        return ((h @ weight.T).to(torch.promote_types(h.dtype, torch.float32)) / temperature).log_softmax(-1)
+
+    @staticmethod
+    def backward(ctx, g_logp, _):
+        hidden, weight, targets = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)  # [M, D]
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # [V, D]
+        for i in range(0, len(hidden), ctx.chunk):
+            at = slice(i, i + ctx.chunk)
+            p = _TokenLogprobs.log_softmax(hidden[at], weight, ctx.temperature).exp()  # [chunk, V]
+            g = g_logp[at, None] / ctx.temperature  # [chunk, 1]
+            dz = p.mul_(-g).scatter_add_(-1, targets[at, None], g).to(weight.dtype)  # [chunk, V]
+            d_hidden[at] = dz @ weight
+            if d_weight is not None:
+                d_weight.addmm_(dz.T, hidden[at])
+        return d_hidden, d_weight, None, None, None
+
+
+def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor, temperature: float = 1.0,
+                   chunk: int = 256) -> tuple[Tensor, Tensor]:
+    """hidden [..., T, D], targets [..., T] -> (logp, entropy) in nats, each [..., T], float32.
+
+    `hidden[..., t, :]` is the state that predicts `targets[..., t]`. The temperature is the sampler's: it divides the
+    logits here as it did there, otherwise the policy that is trained is not the policy that acted. `entropy` is for
+    looking at and carries no gradient. At most `chunk` rows of logits exist at any time.
+    """
+    if temperature <= 0:
+        raise ValueError(f"token_logprobs needs a temperature above 0, not {temperature}: a greedy policy has no logp.")
+    logp, entropy = _TokenLogprobs.apply(hidden.reshape(-1, hidden.shape[-1]), model.head, targets.reshape(-1),
+                                         temperature, chunk)
+    return logp.view(targets.shape), entropy.view(targets.shape)
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def load(name_or_path: str | Path, device: str | None = None, dtype: torch.dtype | None = None):
+    """A local Hugging Face folder, or a hub name that is downloaded once -> (model, tokenizer).
+
+    `device`: cuda where there is one, else the CPU. `dtype`: float32 whatever the file holds, because small updates
+    vanish in bf16 weights; pass torch.bfloat16 for a frozen model. `tokenizer` is a `tokenizers.Tokenizer`, or None
+    when the folder has no tokenizer.json. Raises ValueError or OSError with a sentence that names file and tensor.
+    """
+    folder = find_folder(name_or_path)
+    raw = read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    generation = read_json(generation) if generation.exists() else None
+    config = read_config(raw, str(folder / "config.json"), generation)
+    with torch.device("meta"):  # shapes only: no time spent on random numbers that the file replaces
+        model = Transformer(config)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    state = read_weights(folder, model, device, dtype or torch.float32)
+    model.load_state_dict(state, assign=True)
+    model.raw_config = raw
+    model.sidecars = {n: (folder / n).read_bytes() for n in SIDECARS if (folder / n).exists()}
+    tokenizer = None
+    if (folder / "tokenizer.json").exists():
+        try:
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as e:  # the library raises bare Exception
+            raise ValueError(f"{folder / 'tokenizer.json'} cannot be read ({e}): copy or download it again.") from e
+        tokenizer.no_truncation()  # a tokenizer saved by a training run may cut or pad silently
+        tokenizer.no_padding()
+    return model, tokenizer
+
+
+def find_folder(name_or_path: str | Path) -> Path:
+    """The folder itself, or the local copy of a hub repository `owner/name`."""
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    name = str(name_or_path)
+    if path.exists():
+        raise ValueError(f"{name} is a file: give the folder that holds config.json and model.safetensors.")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"There is no folder {name}: give a Hugging Face folder, or a hub name 'owner/name'.")
+    from huggingface_hub import snapshot_download  # comes with tokenizers; slow to import, needed for names only
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "merges.txt"]))
+    except Exception as e:  # offline, gated, misspelt: many types, one answer
+        why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise OSError(f"There is no folder {name}, and the hub did not give a model of that name ({why}). "
+                      f"Check the spelling and the connection, or pass a local folder.") from e
+
+
+def read_json(path: Path) -> dict:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: a model folder needs config.json and *.safetensors.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path} is not valid JSON ({e}): copy or download it again.") from e
+    if not isinstance(value, dict):  # a broken file, not a wrong type in the program
+        raise ValueError(f"{path} holds a {type(value).__name__} where an object was expected.")
+    return value
+
+
+def read_weights(folder: Path, model: Transformer, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every parameter of `model` from the folder's safetensors, single or sharded; exactly those, in those shapes."""
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    want = {name: p.shape for name, p in model.named_parameters()}
+    state: dict[str, Tensor] = {}
+    for file in (folder / n for n in names):
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is missing: the folder's weights are not complete.")
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as f:
+                for key in f.keys():
+                    name = key.removeprefix("model.")
+                    if name.endswith("rotary_emb.inv_freq"):  # old files store this table; it is recomputed
+                        continue
+                    if model.config.tie_word_embeddings and name == "lm_head.weight":
+                        name = "embed_tokens.weight"  # a tied matrix may be stored under either name, or both
+                        if name in state:
+                            continue
+                    if name not in want:
+                        raise ValueError(f"{file} holds '{key}', which {model.config.model_type} has no place for.")
+                    tensor = f.get_tensor(key)
+                    if tensor.shape != want[name]:
+                        raise ValueError(f"{file}: '{key}' has shape {list(tensor.shape)}, "
+                                         f"config.json asks for {list(want[name])}.")
+                    state[name] = tensor.to(dtype)
+        except SafetensorError as e:
+            raise ValueError(f"{file} is not a whole safetensors file ({e}): copy or download it again.") from e
+    missing = sorted(want.keys() - state.keys())
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} weights that its config.json asks for, "
+                         f"the first is '{missing[0]}'.")
+    return state
+
+
+def save(model: Transformer, tokenizer: Tokenizer | None, path: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write a folder that transformers, vllm and mlx-lm load as it is; `dtype` None keeps the parameters' own.
+
+    Every file is written beside its place and renamed into it, so that a full disk or a kill leaves the old model.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name if name.startswith("lm_head") else f"model.{name}": p.detach().to("cpu", dtype).contiguous()
+             for name, p in model.named_parameters()}
+    stored = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    raw = dict(model.raw_config)
+    raw["dtype" if "dtype" in raw else "torch_dtype"] = stored
+    part = folder / "model.safetensors.part"
+    try:
+        save_file(state, part, metadata={"format": "pt"})
+        os.replace(part, folder / "model.safetensors")
+        texts = {"config.json": json.dumps(raw, indent=2).encode() + b"\n", **model.sidecars}
+        if tokenizer is not None:
+            texts["tokenizer.json"] = tokenizer.to_str(pretty=True).encode()
+        for name, content in texts.items():
+            part = folder / f"{name}.part"
+            part.write_bytes(content)
+            os.replace(part, folder / name)
+    except (OSError, SafetensorError) as e:
+        part.unlink(missing_ok=True)
+        raise OSError(f"Could not write {part} ({e}): the model that was there before is untouched. "
+                      f"Free some space and try again.") from e

@@ -1,0 +1,279 @@
+"""Posts in, groups of completions out: the half of reinforcement learning in which the policy acts.
+
+A group is one prompt with G sampled answers. The prompt goes through the model once and its keys and values serve all
+G rows; rows that have said their stop token leave the batch; what the sampler believed (`logp`) is kept, because it is
+the only honest record of the policy that acted.
+
+Shapes: B prompts, G completions a prompt, N = B*G rows, P prompt tokens, T completion tokens, V vocabulary.
+"""
+
+import gzip
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from model import Cache, Transformer, pad
+
+TINY = Path(__file__).parent / "tiny"  # the embedded model and its posts
+
+# --- posts ------------------------------------------------------------------------------------------------------------
+
+# The names under which the usual data sets keep the two texts, in the order in which they are looked for.
+DOCUMENT_FIELDS = ("document", "post", "prompt", "article", "text", "body", "content")
+REFERENCE_FIELDS = ("reference", "summary", "completion", "tldr", "highlights")
+
+
+@dataclass(frozen=True)
+class Post:
+    """A text to summarise, its author's or editor's own summary ("" where there is none), and a name for messages."""
+
+    document: str
+    reference: str
+    id: str
+
+
+def load_posts(source: str | Path, split: str = "train", document: str | None = None,
+               reference: str | None = None) -> list[Post]:
+    """`tiny`, a folder with `SPLIT.jsonl[.gz]` in it, or one `.jsonl[.gz]` file (whatever the split) -> posts.
+
+    One JSON object a line; `document` and `reference` name its fields where they are not among the usual ones.
+    Raises OSError or ValueError with file and line for whatever cannot be read: a post left out silently would shift
+    every batch after it.
+    """
+    path = TINY if str(source) == "tiny" else Path(source).expanduser()
+    if path.is_dir():
+        found = [f for f in (path / f"{split}.jsonl", path / f"{split}.jsonl.gz") if f.exists()]
+        if not found:
+            raise FileNotFoundError(f"{path} has no {split}.jsonl or {split}.jsonl.gz: one JSON object a line, "
+                                    f"with the fields document and summary.")
+        path = found[0]
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {path}: --data takes 'tiny', a folder with train.jsonl and test.jsonl, "
+                                f"or a .jsonl or .jsonl.gz file.")
+    posts = []
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    posts.append(_post(line, f"{path} line {number}", number, document, reference))
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} breaks off or is not text after {len(posts)} posts ({e}): copy it again.") from e
+    if not posts:
+        raise ValueError(f"{path} holds no posts.")
+    return posts
+
+
+def _post(line: str, where: str, number: int, document: str | None, reference: str | None) -> Post:
+    try:
+        row = json.loads(line)
+    except ValueError as e:
+        raise ValueError(f"{where} is not valid JSON ({e}): mend or delete that line.") from e
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is not a JSON object: write {{\"document\": ..., \"summary\": ...}}.")
+    d = document or next((f for f in DOCUMENT_FIELDS if f in row), None)
+    r = reference or next((f for f in REFERENCE_FIELDS if f in row and f != d), None)
+    text, summary = row.get(d), row.get(r) or ""
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where} has no text in the field '{d or DOCUMENT_FIELDS[0]}': its fields are "
+                         f"{', '.join(row) or 'none'}. Mend the line, or name the field that holds the text.")
+    if not isinstance(summary, str) or (reference and reference not in row):
+        raise ValueError(f"{where} has no summary text in the field '{r}'.")
+    return Post(text.strip(), summary.strip(), str(row.get("id", number)))
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+# --- your experiment starts here: a prompt is a string with {target} and {document} in it ---
+TEMPLATES = {
+    # What the chat templates of Qwen2.5, Qwen3 and LFM2 make of one system and one user message. The system message is
+    # always written out, because Qwen2.5's template fills in one of its own where there is none.
+    "chatml": "<|im_start|>system\nSummarise the post in about {target} tokens.<|im_end|>\n"
+              "<|im_start|>user\n{document}<|im_end|>\n<|im_start|>assistant\n",
+    # For models that only continue text; the model ends with its end-of-text token.
+    "plain": "Post:\n{document}\n\nSummary in about {target} tokens:\n",
+}
+_MARKS = re.compile(r"(<\|im_start\|>|<\|im_end\|>)")
+
+
+def choose_template(tokenizer: Tokenizer) -> str:
+    """A tokenizer that knows `<|im_start|>` belongs to a chat model."""
+    return "plain" if tokenizer.token_to_id("<|im_start|>") is None else "chatml"
+
+
+def render(post: Post, template: str, target: int) -> str:
+    """The prompt as text.
+
+    >>> render(Post("I lost a shoe.", "", "1"), "plain", 8)
+    'Post:\\nI lost a shoe.\\n\\nSummary in about 8 tokens:\\n'
+    """
+    if template not in TEMPLATES:
+        raise ValueError(f"There is no prompt template '{template}': take one of {', '.join(TEMPLATES)}.")
+    return TEMPLATES[template].replace("{target}", str(target)).replace("{document}", post.document)
+
+
+def tokenize(tokenizer: Tokenizer, post: Post, template: str, target: int) -> list[int]:
+    """The prompt as token ids [P], beginning with whatever the tokenizer itself puts first (a bos, or nothing).
+
+    Only the template's own marks become control tokens. A post that spells `<|im_end|>` is a post about chat
+    templates, not the end of the user's turn, so its text is encoded as text.
+    """
+    render(post, template, target)  # refuses an unknown template
+    ids = tokenizer.encode("").ids
+    as_text, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, True
+    try:
+        for piece in _MARKS.split(TEMPLATES[template]):
+            if _MARKS.fullmatch(piece):
+                mark = tokenizer.token_to_id(piece)
+                if mark is None:
+                    raise ValueError(f"The tokenizer has no {piece}: take --template plain for this model.")
+                ids.append(mark)
+            elif piece:
+                text = piece.replace("{target}", str(target)).replace("{document}", post.document)
+                ids += tokenizer.encode(text, add_special_tokens=False).ids
+    finally:
+        tokenizer.encode_special_tokens = as_text
+    return ids
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """One prompt and its G completions. Lengths are known here, where tokens are made, and never guessed again."""
+
+    prompt: Tensor  # [P] token ids
+    tokens: Tensor  # [G, T] token ids, 0 where mask is False
+    mask: Tensor  # [G, T] bool: True on every sampled token, the stop token included
+    logp: Tensor  # [G, T] the sampler's own log-probabilities, 0 where mask is False
+    stopped: Tensor  # [G] bool: ended by itself, and was not cut at max_new_tokens
+    texts: list[str]  # G decoded completions, without the stop token
+    rewards: Tensor | None = None  # [G], filled in by whoever scores the group
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of content per completion [G]: the stop token is trained, but it is not part of the summary."""
+        return self.mask.sum(1) - self.stopped.long()
+
+
+@torch.no_grad()
+def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, temperature: float = 1.0,
+           top_p: float = 1.0, top_k: int = 0, stop_ids: Sequence[int] | None = None, seed: int = 0,
+           tokenizer: Tokenizer | None = None) -> list[Group]:
+    """B prompts (sequences of token ids, any lengths) -> B groups of G completions.
+
+    temperature 0 is greedy. `top_k` (0: off) keeps the k likeliest tokens, then `top_p` the smallest set that holds
+    that much probability; `logp` is under the distribution that was really sampled, so anything but top_p=1, top_k=0
+    will not agree with `token_logprobs`. `stop_ids` None: the model's own end tokens. Texts need the tokenizer.
+
+    The random numbers of a completion depend on the seed, its prompt's tokens and its place in the group, and on
+    nothing else: the same seed gives the same tokens whatever else is in the batch.
+    """
+    if G < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+        raise ValueError(f"sample needs G and max_new_tokens of at least 1, temperature at least 0, top_p in (0, 1], "
+                         f"top_k at least 0; got {G}, {max_new_tokens}, {temperature}, {top_p}, {top_k}.")
+    prompts = [torch.as_tensor(p, dtype=torch.long).cpu() for p in prompts]  # B x [P_b]
+    longest = max((len(p) for p in prompts), default=0)
+    if min((len(p) for p in prompts), default=0) == 0:
+        raise ValueError("sample was given no prompt, or an empty one: every prompt needs at least one token.")
+    if longest + max_new_tokens > model.config.max_position_embeddings:
+        raise ValueError(f"A prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the model's "
+                         f"context of {model.config.max_position_embeddings}: shorten the post or the completion.")
+    B, device = len(prompts), model.embed_tokens.weight.device
+    stop = torch.tensor(sorted(model.config.eos_token_ids if stop_ids is None else stop_ids), device=device)
+    noise = torch.from_numpy(_noise(prompts, G, max_new_tokens, seed)).to(device)  # [N, max_new_tokens]
+    padded, mask = pad(prompts)  # [B, P], [B, P]
+    padded, mask = padded.to(device), mask.to(device)
+    equal = bool(mask.all())  # then nobody needs a mask
+
+    cache = Cache()
+    hidden = model.hidden(padded, cache, None if equal else mask)  # [B, P, D]
+    last = hidden[torch.arange(B, device=device), mask.sum(1) - 1]  # [B, D]
+    logits = (last @ model.head.T).repeat_interleave(G, 0)  # [N, V]: each prompt's head runs once
+    cache.share(G)
+
+    tokens = torch.zeros(B * G, max_new_tokens, dtype=torch.long, device=device)  # [N, T]
+    logp = torch.zeros(B * G, max_new_tokens, device=device)  # [N, T] float32
+    length = torch.full((B * G,), max_new_tokens, device=device)  # [N] sampled tokens, stop token included
+    stopped = torch.zeros(B * G, dtype=torch.bool, device=device)  # [N]
+    rows = torch.arange(B * G, device=device)  # which of the N rows each row of the batch is
+    alive = torch.ones(B, G, dtype=torch.bool, device=device)  # rows that still write; the others only fill the batch
+    for t in range(max_new_tokens):
+        token, token_logp = draw(logits, noise[rows, t], temperature, top_k, top_p)  # [rows], [rows]
+        live = alive.flatten()
+        tokens[rows, t] = torch.where(live, token, tokens[rows, t])
+        logp[rows, t] = torch.where(live, token_logp, logp[rows, t])
+        ends = live & torch.isin(token, stop)
+        length[rows] = torch.where(ends, t + 1, length[rows])
+        stopped[rows] |= ends
+        alive &= ~ends.view_as(alive)
+        # The batch stays a rectangle of [prompts, rows each]: finished prompts go, and so does every column that no
+        # prompt needs any more. Rows that finished early in a slow group stay as filler until it shrinks.
+        left = alive.sum(1)  # [prompts]
+        G_left = int(left.max())
+        if G_left == 0 or t + 1 == max_new_tokens:
+            break
+        keep = left.nonzero().squeeze(1)  # prompts with a row that still writes
+        if len(keep) * G_left < alive.numel():
+            order = alive[keep].long().argsort(dim=1, descending=True, stable=True)[:, :G_left]  # [prompts', G_left]
+            index = (keep[:, None] * alive.shape[1] + order).flatten()
+            cache.keep(keep, index)
+            rows, token, alive = rows[index], token[index], alive[keep].gather(1, order)
+        logits = model.hidden(token[:, None], cache)[:, 0] @ model.head.T  # [rows, V]
+
+    mask = torch.arange(max_new_tokens, device=device) < length[:, None]  # [N, T]
+    groups = []
+    for b in range(B):
+        at = slice(b * G, (b + 1) * G)
+        T = int(length[at].max())
+        ids = [row[:n].tolist() for row, n in zip(tokens[at], length[at] - stopped[at].long())]
+        texts = [""] * G if tokenizer is None else tokenizer.decode_batch(ids, skip_special_tokens=True)
+        groups.append(Group(prompts[b].to(device), tokens[at, :T], mask[at, :T], logp[at, :T], stopped[at], texts))
+    return groups
+
+
+def draw(logits: Tensor, noise: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """logits [N, V], one uniform number in [0, 1) a row -> (token [N], its log-probability [N], float32).
+
+    Inverse transform: the first token whose cumulative probability exceeds the number. That is one scan over the
+    vocabulary, where torch.multinomial is ten times slower, and it needs one number a token whatever the vocabulary.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        log_p = logits.log_softmax(-1)  # [N, V]
+        token = logits.argmax(-1)  # [N]
+        return token, log_p.gather(-1, token[:, None]).squeeze(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, -1).values[:, -1:]  # [N, 1]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1:
+        ordered, where = logits.sort(-1, descending=True)  # [N, V]
+        p = ordered.softmax(-1)
+        outside = p.cumsum(-1) - p >= top_p  # the mass before a token already suffices; the first one always stays
+        logits = logits.masked_fill(outside.scatter(-1, where, outside), -torch.inf)
+    log_p = logits.log_softmax(-1)  # [N, V]
+    # float64: a float32 running sum over 150,000 words loses the rare ones
+    cdf = log_p.exp().cumsum(-1, dtype=torch.float64)  # [N, V]
+    token = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[-1] - 1)  # [N, 1]
+    return token.squeeze(-1), log_p.gather(-1, token).squeeze(-1)
+
+
+def _noise(prompts: Sequence[Tensor], G: int, T: int, seed: int) -> np.ndarray:
+    """Uniform numbers in [0, 1) [N, T]; each row's stream is keyed by (seed, prompt, times it came before, g)."""
+    seen: Counter = Counter()
+    rows = []
+    for prompt in prompts:
+        key = zlib.crc32(prompt.numpy().tobytes())
+        rows += [np.random.default_rng([seed, key, seen[key], g]).random(T) for g in range(G)]
+        seen[key] += 1  # a prompt given twice gets two different groups
+    return np.stack(rows)

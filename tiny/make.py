@@ -1,0 +1,176 @@
+"""Makes everything else in this folder, by seed: the posts, the tokenizer and the tiny language model.
+
+    python tiny/make.py            # README.md says how long it takes and what it gives
+
+The model is trained from scratch, on the kinds of text it will meet later:
+    chat prompt, then summary     the policy's own task. Its summaries are mostly careless ones of all lengths, and the
+                                  prompt's "about N tokens" is a bad guess, so it writes fluently, misses its target and
+                                  tells of scarves where the point was: what GRPO is there to mend.
+    plain prompt, then summary    the same for a base model's prompt.
+    document alone, and summary then document
+                                  what SQUISH needs: how many bits a document costs, and how many a summary saves.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from stories import story, summary
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from model import Transformer, load, pad, read_config, save  # noqa: E402
+from rollout import Post, tokenize  # noqa: E402
+
+SPLITS = {"train": 3000, "val": 200, "test": 300}
+END, START_TURN, END_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 2048, "hidden_size": 128,
+    "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 1024, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+    "tie_word_embeddings": True, "use_sliding_window": False, "torch_dtype": "bfloat16",
+}
+CHAT_TEMPLATE = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
+                 "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+# How a base model is asked for a summary, and how one is asked for the document that a summary was made of.
+TAGGED = "<document>\n{document}\n</document>\n<summary>\n{summary}\n</summary>"
+SUMMARY_FIRST = "A summary, and the document that it was made of.\n<summary>\n{summary}\n</summary>\n" \
+                "<document>\n{document}\n</document>"
+
+
+def write_posts(rng: random.Random) -> set[str]:
+    """Write the splits; return their documents, which the model must not see before."""
+    seen: set[str] = set()
+    for split, n in SPLITS.items():
+        rows = []
+        while len(rows) < n:
+            s = story(rng)
+            if s.document not in seen:  # no post twice, within a split or across them
+                seen.add(s.document)
+                rows.append({"id": f"{split}-{len(rows)}", "document": s.document, "summary": s.reference})
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (HERE / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    return seen
+
+
+def train_tokenizer(rng: random.Random) -> Tokenizer:
+    """Byte-level BPE: every text can be written, and the words of these posts are one token each."""
+    texts = []
+    for _ in range(8000):
+        s = story(rng)
+        texts += [s.document, s.reference, summary(s, rng)]
+    texts += [TAGGED, SUMMARY_FIRST, "system\nSummarise the post in about 32 tokens.user\nassistant\nPost:\n"] * 400
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=CONFIG["vocab_size"], special_tokens=[END, START_TURN, END_TURN],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def write_folder(tokenizer: Tokenizer) -> dict:
+    """Everything of a Hugging Face folder but the weights. Returns config.json."""
+    end, end_turn = tokenizer.token_to_id(END), tokenizer.token_to_id(END_TURN)
+    config = CONFIG | {"vocab_size": tokenizer.get_vocab_size(), "bos_token_id": end, "eos_token_id": end_turn}
+    files = {
+        "config.json": config,
+        "generation_config.json": {"bos_token_id": end, "eos_token_id": [end_turn, end], "pad_token_id": end},
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_TURN,
+                                  "pad_token": END, "clean_up_tokenization_spaces": False,
+                                  "model_max_length": config["max_position_embeddings"],
+                                  "chat_template": CHAT_TEMPLATE},
+    }
+    for name, content in files.items():
+        (HERE / name).write_text(json.dumps(content, indent=2) + "\n")
+    tokenizer.save(str(HERE / "tokenizer.json"))
+    return config
+
+
+def lesson(tokenizer: Tokenizer, rng: random.Random, held_out: set[str]) -> list[int]:
+    """One training text as token ids."""
+    s = story(rng)
+    while s.document in held_out:
+        s = story(rng)
+    end = tokenizer.token_to_id(END)
+    text = s.reference if rng.random() < 0.3 else summary(s, rng)
+    kind = rng.random()
+    if kind < 0.75:
+        ids = tokenizer.encode(text).ids
+        # The length that the prompt names is off by a factor of e^0.5 in either direction: a hint, not an instruction.
+        guess = max(4, round(len(ids) * math.exp(rng.gauss(0, 0.5))))
+        chat = kind < 0.65
+        prompt = tokenize(tokenizer, Post(s.document, "", ""), "chatml" if chat else "plain", guess)
+        return prompt + ids + [tokenizer.token_to_id(END_TURN) if chat else end]
+    if kind < 0.95:
+        text = SUMMARY_FIRST.replace("{summary}", text).replace("{document}", s.document)
+    elif kind < 0.98:
+        text = TAGGED.replace("{summary}", text).replace("{document}", s.document)
+    else:
+        text = s.document
+    return [end, *tokenizer.encode(text).ids, end]
+
+
+def train(config: dict, tokenizer: Tokenizer, held_out: set[str], steps: int, seed: int) -> Transformer:
+    """Next-token prediction on fresh stories: AdamW, warm-up, linear decay to zero."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    model = Transformer(read_config(config, "config.json"))
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            # The matrices that write into the residual stream start smaller, by the number of times they do so.
+            shrink = (2 * config["num_hidden_layers"]) ** -0.5 if "o_proj" in name or "down_proj" in name else 1
+            torch.nn.init.normal_(p, std=shrink * (0.02 if "embed" in name else config["hidden_size"] ** -0.5))
+        elif name.endswith("bias"):
+            torch.nn.init.zeros_(p)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    begun, smooth = time.time(), 0.0
+    for step in range(1, steps + 1):
+        lr = 4e-3 * min(1, step / 100, (steps - step + 1) / (0.7 * steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # Texts of like length go together: a batch of 64 is drawn by sorting 64, and halved so that little is padding.
+        texts = sorted((lesson(tokenizer, rng, held_out) for _ in range(64)), key=len)
+        total = sum(len(ids) - 1 for ids in texts)
+        for part in (texts[:32], texts[32:]):
+            tokens, mask = pad([torch.tensor(ids) for ids in part])  # [32, T], [32, T]
+            logits = model(tokens[:, :-1])  # [32, T-1, V]
+            loss = F.cross_entropy(logits[mask[:, 1:]], tokens[:, 1:][mask[:, 1:]], reduction="sum") / total
+            loss.backward()
+            smooth += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 25 == 0:
+            left = (time.time() - begun) / step * (steps - step) / 60
+            print(f"step {step}/{steps}  loss {smooth / 25:.3f} nats a token  {left:.0f} min left", flush=True)
+            smooth = 0.0
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1500, help="batches of 64 texts")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    held_out = write_posts(rng)
+    tokenizer = train_tokenizer(rng)
+    config = write_folder(tokenizer)
+    print(f"{sum(SPLITS.values())} posts, {tokenizer.get_vocab_size()} tokens; now the model", flush=True)
+    model = train(config, tokenizer, held_out, args.steps, args.seed + 1)
+    model.raw_config = config
+    save(model, tokenizer, HERE, dtype=torch.bfloat16)
+    load(HERE)  # what was written can be read
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {HERE / 'model.safetensors'}")
+
+
+if __name__ == "__main__":
+    main()

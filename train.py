@@ -1,0 +1,516 @@
+"""Teach a language model to write crisp summaries, by GRPO.
+
+    python train.py                                              # the embedded model and posts, about two minutes
+    python train.py --model Qwen/Qwen2.5-0.5B-Instruct --data posts.jsonl --target 64 --lr 2e-6
+    python train.py --run tiny-1 --resume                        # go on where a run was stopped, or killed
+
+A stage is a reward and a number of steps, "length:80"; stages follow each other, and one stage is a joint run. All
+that happens is in runs/NAME: config.json, metrics.jsonl (a line a step), eval.jsonl, samples.jsonl, checkpoint/, model/
+and curves.png. Every number in there is explained in README.md.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+
+import grpo
+import rewards
+from eval import evaluate, within
+from grpo import flag
+from model import load, save
+from rollout import TINY, choose_template, load_posts, sample, tokenize
+
+
+@dataclass
+class Config(grpo.Config):
+    """Every field is a flag of the same name."""
+
+    model: str = flag("tiny", "a Hugging Face folder, a hub name, or tiny")
+    data: str = flag("tiny", "posts to train on: tiny, a folder with train.jsonl, or a .jsonl or .jsonl.gz file")
+    eval_data: str = flag("", "held-out posts; empty: the data's own val or test file, else a tenth of the data")
+    stages: tuple[str, ...] = flag(("length:80", "rouge_l+length:80"), "one or more REWARD:STEPS, run in order")
+    stage_ref: str = flag("start", "the model that the KL holds to: the run's first, or the last of the previous stage",
+                          choices=("start", "previous"))
+    run: str = flag("", "name of the run's folder in runs/; empty: the first free of MODEL-1, MODEL-2, ...")
+    target: int = flag(32, "wanted length of a summary, in tokens of the model")
+    prompts: int = flag(4, "posts in a batch (B)")
+    group: int = flag(8, "completions of each post (G)")
+    template: str = flag("", "prompt template, chatml or plain; empty: whatever fits the tokenizer")
+    max_prompt: int = flag(0, "leave out posts whose prompt has more tokens than this; 0: refuse what does not fit")
+    lr: float = flag(5e-4, "learning rate (about 2e-6 for a model of 0.5B)")
+    warmup: int = flag(5, "steps over which the learning rate rises from 0")
+    weight_decay: float = flag(0.0, "of AdamW")
+    seed: int = flag(0, "decides everything: order of posts, completions, and so the weights")
+    eval_posts: int = flag(200, "held-out posts per evaluation")
+    save_every: int = flag(20, "steps between checkpoints")
+    print_every: int = flag(5, "steps between printed lines; each line is a mean over them")
+    checkpointing: bool = flag(False, "recompute each layer in backward: less memory, about a third more time")
+    dtype: str = flag("float32", "of the weights that are trained; bfloat16 forgets small updates",
+                      choices=("float32", "bfloat16"))
+    device: str = flag("", "cpu, cuda or mps; empty: cuda where there is one, else cpu")
+
+
+@dataclass(frozen=True)
+class Stage:
+    number: int  # from 1
+    reward: rewards.Reward
+    first: int  # its first step, counted from 0
+    end: int  # one past its last
+
+
+def parse_stages(texts: tuple[str, ...]) -> list[Stage]:
+    """("length:80", "rouge_l+length:80") -> stages with their place in the run."""
+    stages, first = [], 0
+    for text in texts:
+        expression, colon, steps = text.rpartition(":")
+        if not colon or not steps.isascii() or not steps.isdigit() or int(steps) == 0:
+            raise ValueError(f"--stages: '{text}' should be REWARD:STEPS, such as \"rouge_l+length:80\".")
+        stages.append(Stage(len(stages) + 1, rewards.parse(expression), first, first + int(steps)))
+        first += int(steps)
+    return stages
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:
+    """The algorithm box of the paper: sample groups, score them, update, and say what happened."""
+    begun = time.time()
+    stages = parse_stages(config.stages)
+    model, tokenizer, posts, held_out = prepare(config)
+    start = copy.deepcopy(model).requires_grad_(False) if config.beta > 0 else None  # the KL's reference
+    reference = start
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), eps=1e-8,
+                                  weight_decay=config.weight_decay, fused=True)
+    step = load_checkpoint(folder, model, optimizer) if resume else 0
+    log = Log(folder, config, stages, step)
+    log.begin(model, posts, held_out)
+
+    for stage in stages:
+        if step >= stage.end:
+            continue
+        if step == stage.first:
+            log.evaluation(step, stage.number - 1, model, tokenizer, held_out)
+        if config.stage_ref == "previous" and start is not None and stage.number > 1:
+            reference = stage_reference(folder / "checkpoint" / f"stage-{stage.number}.pt", model, step == stage.first)
+        while step < stage.end:
+            for g in optimizer.param_groups:
+                g["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
+            clock = time.time()
+            batch = batch_of(posts, step, config)
+            groups = sample(model, [prompt for _, prompt in batch], config.group, config.max_new_tokens,
+                            config.temperature, seed=config.seed * 1_000_003 + step, tokenizer=tokenizer)
+            line = score(groups, [post for post, _ in batch], stage.reward, config.target)
+            line |= grpo.update(model, reference, groups, optimizer, config)
+            step += 1
+            log.step(step, stage, line, time.time() - clock)
+            if stop.asked or step % config.save_every == 0 or step == stage.end:
+                save_checkpoint(folder, model, optimizer, step)
+            if stop.asked:
+                save(model, tokenizer, folder / "model")
+                log.say(f"Stopped after step {step}. Go on with: python train.py --run {folder.name} --resume")
+                return
+    log.evaluation(step, len(stages), model, tokenizer, held_out)
+    save(model, tokenizer, folder / "model")
+    log.finish(time.time() - begun)
+
+
+def prepare(config: Config):
+    """Model, tokenizer, training posts with their prompts' tokens, and held-out posts."""
+    model, tokenizer = load(TINY if config.model == "tiny" else config.model, config.device or None,
+                            getattr(torch, config.dtype))
+    if tokenizer is None:
+        raise ValueError(f"{config.model} has no tokenizer.json: copy it there from the model it was made of.")
+    model.checkpointing = config.checkpointing
+    template = config.template or choose_template(tokenizer)
+    posts = load_posts(config.data, "train")
+    held_out = load_held_out(config, posts)
+    if not config.eval_data and not is_folder(config.data):
+        posts = posts[:-len(held_out)]
+    room = model.config.max_position_embeddings - config.max_new_tokens
+    prompts = [tokenize(tokenizer, post, template, config.target) for post in posts]
+    if config.max_prompt:
+        keep = [i for i, prompt in enumerate(prompts) if len(prompt) <= config.max_prompt]
+        posts, prompts = [posts[i] for i in keep], [prompts[i] for i in keep]
+        held_out = [p for p in held_out if len(tokenize(tokenizer, p, template, config.target)) <= config.max_prompt]
+        if not posts or not held_out:
+            raise ValueError(f"--max-prompt {config.max_prompt} leaves out every post: raise it.")
+    for post, prompt in zip([*posts, *held_out], prompts + [tokenize(tokenizer, p, template, config.target)
+                                                            for p in held_out]):
+        if len(prompt) > room:
+            raise ValueError(f"Post {post.id} of {config.data} has a prompt of {len(prompt)} tokens; with "
+                             f"{config.max_new_tokens} new ones it does not fit into the model's context of "
+                             f"{model.config.max_position_embeddings}. Leave such posts out with --max-prompt {room}.")
+    if len(posts) < config.prompts:
+        raise ValueError(f"{config.data} has {len(posts)} posts to train on, a batch needs {config.prompts}: "
+                         f"lower --prompts.")
+    return model, tokenizer, list(zip(posts, prompts)), held_out[:config.eval_posts]
+
+
+def is_folder(source: str) -> bool:
+    return source == "tiny" or Path(source).expanduser().is_dir()
+
+
+def load_held_out(config: Config, posts: list) -> list:
+    """Posts that are never trained on."""
+    if config.eval_data:
+        return load_posts(config.eval_data, "test")
+    if not is_folder(config.data):
+        if len(posts) < 10:
+            raise ValueError(f"{config.data} has only {len(posts)} posts, too few to hold some out: give --eval-data.")
+        return posts[-(len(posts) // 10):]
+    try:
+        return load_posts(config.data, "val")
+    except FileNotFoundError:
+        return load_posts(config.data, "test")
+
+
+def batch_of(posts: list, step: int, config: Config) -> list:
+    """The posts of a step: every epoch in an order of its own, a pure function of seed and step, so that resuming
+    needs no state."""
+    batch = []
+    for i in range(step * config.prompts, (step + 1) * config.prompts):
+        epoch, at = divmod(i, len(posts))
+        batch.append(posts[np.random.default_rng([config.seed, epoch]).permutation(len(posts))[at]])
+    return batch
+
+
+def score(groups: list, posts: list, reward: rewards.Reward, target: int) -> dict[str, float]:
+    """Fill in each group's rewards; return the batch's means of them and of the lengths."""
+    totals, parts, lengths = [], {name: [] for name in reward.names}, []
+    for group, post in zip(groups, posts):
+        n = group.lengths.tolist()
+        total, part = reward(group.texts, n, post.reference, target, post.document)
+        group.rewards = torch.tensor(total)  # [G]
+        totals.append(total)
+        lengths += n
+        for name in part:
+            parts[name] += part[name]
+    return {"reward": fmean(r for total in totals for r in total),
+            "reward_std": fmean(float(np.std(total)) for total in totals),
+            **{name: fmean(values) for name, values in parts.items()},
+            "length": fmean(lengths), **within(lengths, target), "n_tokens": sum(int(g.mask.sum()) for g in groups)}
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def write_file(path: Path, write) -> None:
+    """`write(part)` beside `path`, then rename: whoever is killed in between leaves the old file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        write(part)
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch.save says RuntimeError when the disk is full
+        part.unlink(missing_ok=True)
+        raise OSError(f"Could not write {path} ({e}): what was saved before is untouched. Free some space, then go on "
+                      f"with --resume.") from e
+
+
+def save_checkpoint(folder: Path, model, optimizer, step: int) -> None:
+    """All that a run is: weights, moments, step. Posts and completions follow from the seed and the step."""
+    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    write_file(folder / "checkpoint" / "state.pt", lambda part: torch.save(state, part))
+
+
+def read_state(path: Path, device) -> dict:
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # a broken pickle raises whatever it likes
+        raise ValueError(f"{path} cannot be read ({e}): delete {path.parent} to start this run again.") from e
+
+
+def load_checkpoint(folder: Path, model, optimizer) -> int:
+    """Bring model and optimizer to where the run was left; returns the step. 0 where it never came to a checkpoint."""
+    path = folder / "checkpoint" / "state.pt"
+    if not path.exists():
+        return 0
+    state = read_state(path, model.embed_tokens.weight.device)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def stage_reference(path: Path, model, begins: bool):
+    """The policy as it was when the stage began, frozen: copied and saved then, read again when a run is resumed."""
+    reference = copy.deepcopy(model).requires_grad_(False)
+    if begins:
+        write_file(path, lambda part: torch.save(reference.state_dict(), part))
+    else:
+        reference.load_state_dict(read_state(path, model.embed_tokens.weight.device))
+    return reference
+
+
+# --- what a person sees -----------------------------------------------------------------------------------------------
+
+
+class Log:
+    """The run's files and the lines on the screen."""
+
+    def __init__(self, folder: Path, config: Config, stages: list[Stage], step: int):
+        self.folder, self.config, self.stages, self.total = folder, config, stages, stages[-1].end
+        self.recent: list[dict] = []
+        self.shown = 0
+        self.began, self.first = time.time(), step
+        # What was logged after the checkpoint is about to happen again.
+        for name in ("metrics", "eval", "samples"):
+            path = folder / f"{name}.jsonl"
+            kept = [row for row in read_lines(path) if row["step"] <= step]
+            write_file(path, lambda part, kept=kept: part.write_text("".join(json.dumps(r) + "\n" for r in kept)))
+        self.evaluated = {(row["step"], row["stage"]) for row in read_lines(folder / "eval.jsonl")}
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def append(self, name: str, row: dict) -> None:
+        path = self.folder / f"{name}.jsonl"
+        try:
+            with open(path, "a") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as e:
+            raise OSError(f"Could not write {path} ({e.strerror}): the last checkpoint is good. Free some space, then "
+                          f"go on with --resume.") from e
+
+    def begin(self, model, posts: list, held_out: list) -> None:
+        c, n = self.config, sum(p.numel() for p in model.parameters())
+        self.say(f"{c.model}: {n:,} parameters, {model.config.model_type}. {len(posts):,} posts to train on, "
+                 f"{len(held_out)} held out. {self.total} steps of {c.prompts} posts x {c.group} completions, target "
+                 f"{c.target} tokens. Everything goes to {self.folder}.")
+        if self.first:
+            self.say(f"Resumed after step {self.first}.")
+
+    def evaluation(self, step: int, stage: int, model, tokenizer, held_out: list) -> None:
+        """Evaluate once per (step, stage), even when the run was killed right after."""
+        if (step, stage) not in self.evaluated:
+            r = evaluate(model, tokenizer, held_out, self.config)
+            summaries = r.pop("summaries")
+            for post, row in zip(held_out[:5], summaries):
+                self.append("samples", {"step": step, "stage": stage, "document": post.document,
+                                        "reference": post.reference, **row})
+            self.append("eval", {"step": step, "stage": stage, **r})
+        self.say(f"  held out, greedy, {'before training' if stage == 0 else f'after stage {stage}'}: "
+                 + describe(read_lines(self.folder / "eval.jsonl")[-1]))
+        self.shown = 0
+
+    def step(self, step: int, stage: Stage, line: dict, seconds: float) -> None:
+        row = {"step": step, "stage": stage.number, **line, "kl": line.get("kl"),
+               "tokens_per_s": line["n_tokens"] / seconds, "seconds": seconds}
+        del row["n_tokens"]
+        self.append("metrics", row)
+        self.recent.append(row)
+        if step % self.config.print_every and step != stage.end and step != self.first + 1:
+            return
+        columns = {"step": (5, "{:d}"), "reward": (7, "{:.3f}"), **{n: (max(7, len(n)), "{:.3f}")
+                   for n in stage.reward.names if len(stage.reward.names) > 1 and n != "length"},
+                   "length": (6, "{:.1f}"), "within_2": (5, "{:.0%}"), "within_10pct": (5, "{:.0%}"),
+                   "kl": (6, "{:.3f}"), "entropy": (7, "{:.2f}"), "clip_frac": (5, "{:.0%}"),
+                   "flat_groups": (5, "{:.0%}"), "grad_norm": (5, "{:.2f}"), "logp_gap": (7, "{:.0e}"),
+                   "tokens_per_s": (6, "{:.0f}")}
+        short = {"within_2": "±2", "within_10pct": "±10%", "clip_frac": "clip", "flat_groups": "flat",
+                 "grad_norm": "grad", "logp_gap": "gap", "tokens_per_s": "tok/s"}
+        if self.shown % 20 == 0:
+            head = "".join(f"{short.get(name, name):>{w + 1}}" for name, (w, _) in columns.items())
+            self.say(f"\nstage {stage.number}: {stage.reward.expression}\n{head}   left")
+        self.shown += 1
+        text = ""
+        for name, (w, form) in columns.items():
+            values = [r[name] for r in self.recent if r[name] is not None]
+            value = step if name == "step" else max(values) if name == "logp_gap" else fmean(values) if values else None
+            text += f"{'-' if value is None else form.format(value):>{w + 1}}"
+        left = (time.time() - self.began) / (step - self.first) * (self.total - step)
+        self.say(f"{text}  {int(left // 60):2d}:{int(left % 60):02d}")
+        self.recent.clear()
+
+    def finish(self, seconds: float) -> None:
+        """Curves, and what the run did to the first held-out posts."""
+        evals, samples = read_lines(self.folder / "eval.jsonl"), read_lines(self.folder / "samples.jsonl")
+        draw_curves(self.folder, self.config, self.stages, read_lines(self.folder / "metrics.jsonl"), evals)
+        first = [row for row in samples if row["stage"] == 0]
+        last = [row for row in samples if row["stage"] == evals[-1]["stage"]]
+        for before, after in list(zip(first, last))[:3]:
+            self.say(f"\n  post       {before['document']}\n  reference  {before['reference']}\n"
+                     f"  before     {before['summary']} [{before['length']} tokens]\n"
+                     f"  after      {after['summary']} [{after['length']} tokens]")
+        self.say(f"\nheld-out greedy summaries, target {self.config.target} tokens"
+                 f"\n  before  {describe(evals[0])}\n  after   {describe(evals[-1])}"
+                 f"\nDone in {int(seconds // 60)}:{int(seconds % 60):02d}. Look at {self.folder / 'curves.png'}; the "
+                 f"model is in {self.folder / 'model'}.")
+
+
+def describe(r: dict) -> str:
+    return (f"{r['within_10pct']:.0%} within ±10% of the target, {r['within_2']:.0%} within ±2 tokens; "
+            f"length {r['length']:.1f} ± {r['length_std']:.1f}; ROUGE-L {r['rouge_l']:.3f}")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The whole lines of a JSONL file; a last one cut by a kill is no line."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def draw_curves(folder: Path, config: Config, stages: list[Stage], rows: list[dict], evals: list[dict]) -> None:
+    import matplotlib
+    matplotlib.use("Agg")  # a file, not a window
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+    steps = [row["step"] for row in rows]
+
+    def curve(ax, name, title, label=None):
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        if not points:
+            return
+        x, y = zip(*points)
+        ax.plot(x, y, lw=0.7, alpha=0.35, color="C0" if label is None else None)
+        k = min(9, len(y))
+        smooth = np.convolve(y, np.ones(k) / k, "valid")
+        ax.plot(x[k - 1:], smooth, lw=1.8, color=ax.lines[-1].get_color(), label=label)
+        ax.set_title(title, fontsize=10)
+
+    def dots(ax, name):
+        ax.plot([e["step"] for e in evals], [e[name] for e in evals], "o", color="C3", label="held out, greedy")
+        ax.legend(fontsize=8)
+
+    curve(axes[0, 0], "reward", "reward of sampled completions")
+    curve(axes[0, 1], "length", f"length in tokens (target {config.target})")
+    axes[0, 1].axhspan(0.9 * config.target, 1.1 * config.target, color="C2", alpha=0.2)
+    dots(axes[0, 1], "length")
+    curve(axes[0, 2], "within_10pct", "share within ±10% of the target")
+    dots(axes[0, 2], "within_10pct")
+    curve(axes[1, 0], "rouge_l", "ROUGE-L")
+    dots(axes[1, 0], "rouge_l")
+    axes[1, 0].set_title("ROUGE-L F1", fontsize=10)
+    curve(axes[1, 1], "kl", "KL to the reference (nats a token)")
+    curve(axes[1, 2], "entropy", "entropy (nats a token)")
+    for ax in axes.flat:
+        ax.set_xlabel("step", fontsize=8)
+        ax.set_xlim(0, max(steps, default=1))
+        ax.grid(alpha=0.2)
+        for stage in stages[:-1]:
+            ax.axvline(stage.end, color="grey", lw=0.8, ls=":")
+    write_file(folder / "curves.png", lambda part: figure.savefig(part, dpi=110, format="png"))
+    plt.close(figure)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"train.py: {message}. See python train.py --help.\n")
+
+
+def read_arguments(argv: list[str] | None) -> tuple[Config, bool, dict]:
+    """argv -> (config, resume, the flags that were really given)."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for f in fields(Config):
+        default = " ".join(f'"{x}"' for x in f.default) if isinstance(f.default, tuple) else f.default
+        more: dict = {"help": f"{f.metadata['help']} (default: {default if default != '' else 'empty'})".replace("%", "%%")}
+        if isinstance(f.default, bool):
+            more["action"] = argparse.BooleanOptionalAction
+        else:
+            more |= {"type": str if isinstance(f.default, tuple) else type(f.default),
+                     "choices": f.metadata.get("choices"), "nargs": "+" if isinstance(f.default, tuple) else None,
+                     "metavar": None if "choices" in f.metadata else f.name.upper()}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **more)
+    parser.add_argument("--resume", action="store_true", help="go on with the run named by --run (or the latest one)")
+    given = vars(parser.parse_args(argv))
+    resume = given.pop("resume")
+    if "stages" in given:
+        given["stages"] = tuple(given["stages"])
+    return Config(**given), resume, given
+
+
+def check(c: Config) -> None:
+    """Refuse what cannot work, before anything is loaded."""
+    for wrong, says in (
+        (c.group < 2, f"--group {c.group}: GRPO compares completions of one post with each other, so it needs 2"),
+        (c.temperature <= 0, f"--temperature {c.temperature}: sampling needs a temperature above 0"),
+        (not 0 < c.clip_low < 1 or c.clip_high <= 0, "--clip-low must lie in (0, 1) and --clip-high above 0"),
+        (c.beta < 0 or c.lr <= 0 or c.grad_clip <= 0, "--lr and --grad-clip must be above 0, --beta at least 0"),
+        (c.seed < 0 or c.warmup < 0 or c.weight_decay < 0, "--seed, --warmup and --weight-decay cannot be negative"),
+        (c.max_new_tokens < 0 or c.max_prompt < 0, "--max-new-tokens and --max-prompt cannot be negative"),
+        *((getattr(c, n) < 1, f"--{n.replace('_', '-')} must be at least 1") for n in (
+            "target", "prompts", "updates", "micro_tokens", "eval_posts", "save_every", "print_every")),
+    ):
+        if wrong:
+            raise ValueError(says + ".")
+
+
+def open_run(config: Config, resume: bool, given: dict) -> tuple[Config, Path]:
+    """The run's folder, new or to be resumed, and the config that counts."""
+    runs = Path("runs")
+    if resume:
+        known = sorted(runs.glob("*/config.json"), key=lambda p: p.stat().st_mtime)
+        folder = runs / config.run if config.run else known[-1].parent if known else runs / "?"
+        if not (folder / "config.json").exists():
+            raise FileNotFoundError(f"There is no run {folder} to resume; there are: "
+                                    f"{', '.join(p.parent.name for p in known) or 'none'}.")
+        saved = json.loads((folder / "config.json").read_text())
+        saved["stages"] = tuple(saved["stages"])
+        for name, value in given.items():
+            if name != "run" and saved.get(name) != value:
+                raise ValueError(f"{folder} was begun with {name} = {saved.get(name)}, not {value}: a resumed run keeps "
+                                 f"its settings. Leave the flag out, or start another run.")
+        return Config(**{f.name: saved[f.name] for f in fields(Config) if f.name in saved}), folder
+    if not config.run:
+        base, n = Path(config.model).name, 1
+        while (runs / f"{base}-{n}").exists():
+            n += 1
+        config.run = f"{base}-{n}"
+    folder = runs / config.run
+    if (folder / "config.json").exists():
+        raise FileExistsError(f"{folder} is there already: go on with --resume, or take another --run.")
+    config.max_new_tokens = config.max_new_tokens or 2 * config.target
+    write_file(folder / "config.json",
+               lambda part: part.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n"))
+    return config, folder
+
+
+class Stop:
+    """Ctrl-C: the first one ends the run after its step, the second one at once."""
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGINT, self.ask)
+
+    def ask(self, *_) -> None:
+        if self.asked:
+            sys.exit("\nStopped at once. The last checkpoint is good; go on with --resume.")
+        self.asked = True
+        print("\nStopping after this step (again to stop at once) ...", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    config, resume, given = read_arguments(argv)
+    try:
+        check(config)
+        parse_stages(config.stages)
+        config, folder = open_run(config, resume, given)
+        train(config, folder, resume, Stop())
+    except (ValueError, OSError, FloatingPointError) as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
