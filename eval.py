@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
 
-from model import load
+import numpy as np
+
+from model import load, write_file
 from rewards import rouge_l
 from rollout import TINY, Post, choose_template, load_posts, sample, tokenize
 
@@ -66,6 +68,66 @@ def within(lengths: list[int], target: int) -> dict[str, float]:
     """
     off = [abs(n - target) for n in lengths]
     return {"within_2": fmean(d <= 2 for d in off), "within_10pct": fmean(d <= 0.1 * target for d in off)}
+
+
+def describe(r: dict) -> str:
+    return (f"{r['within_10pct']:.0%} within ±10% of the target, {r['within_2']:.0%} within ±2 tokens; "
+            f"length {r['length']:.1f} ± {r['length_std']:.1f}; ROUGE-L {r['rouge_l']:.3f}")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The whole lines of a JSONL file; a last one cut by a kill is no line."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def draw_curves(folder: Path, target: int, stage_ends: list[int]) -> None:
+    """metrics.jsonl and eval.jsonl of a run -> its curves.png: faint lines are steps, thick ones means over nine."""
+    import matplotlib
+    matplotlib.use("Agg")  # a file, not a window
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+    rows, evals = read_lines(folder / "metrics.jsonl"), read_lines(folder / "eval.jsonl")
+
+    def curve(ax, name, title, label=None):
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        if not points:
+            return
+        x, y = zip(*points)
+        ax.plot(x, y, lw=0.7, alpha=0.35, color="C0" if label is None else None)
+        k = min(9, len(y))
+        smooth = np.convolve(y, np.ones(k) / k, "valid")
+        ax.plot(x[k - 1:], smooth, lw=1.8, color=ax.lines[-1].get_color(), label=label)
+        ax.set_title(title, fontsize=10)
+
+    def dots(ax, name):
+        ax.plot([e["step"] for e in evals], [e[name] for e in evals], "o", color="C3", label="held out, greedy")
+        ax.legend(fontsize=8)
+
+    curve(axes[0, 0], "reward", "reward of sampled completions")
+    curve(axes[0, 1], "length", f"length in tokens (target {target})")
+    axes[0, 1].axhspan(0.9 * target, 1.1 * target, color="C2", alpha=0.2)
+    dots(axes[0, 1], "length")
+    curve(axes[0, 2], "within_10pct", "share within ±10% of the target")
+    dots(axes[0, 2], "within_10pct")
+    curve(axes[1, 0], "rouge_l", "ROUGE-L")
+    dots(axes[1, 0], "rouge_l")
+    axes[1, 0].set_title("ROUGE-L F1", fontsize=10)
+    curve(axes[1, 1], "kl", "KL to the reference (nats a token)")
+    curve(axes[1, 2], "entropy", "entropy (nats a token)")
+    for ax in axes.flat:
+        ax.set_xlabel("step", fontsize=8)
+        ax.set_xlim(0, stage_ends[-1])
+        ax.grid(alpha=0.2)
+        for end in stage_ends[:-1]:
+            ax.axvline(end, color="grey", lw=0.8, ls=":")
+    write_file(folder / "curves.png", lambda part: figure.savefig(part, dpi=110, format="png"))
+    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> int:

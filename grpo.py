@@ -68,9 +68,9 @@ def advantages(rewards: Tensor, kind: str = "group") -> Tensor:
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"GRPO compares completions of the same prompt, so a group needs at least 2 of them; rewards "
                          f"have shape {list(rewards.shape)} where [prompts, completions] is wanted. Raise --group.")
+    rewards = rewards.float()  # [B, G]
     if not rewards.isfinite().all():
         raise ValueError("A reward is NaN or infinite: no advantage can be computed from it. Look at the reward.")
-    rewards = rewards.float()
     a = rewards - rewards.mean(1, keepdim=True)  # [B, G]
     if kind == "group":
         a = a / (rewards.std(1, keepdim=True) + 1e-4)
@@ -104,7 +104,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, 
         k1 = -x                 its expected gradient is zero: it does nothing
         k2 = x^2 / 2            the exact gradient of KL(pi || ref)
         k3 = e^x - x - 1        the gradient of KL(ref || pi), the other KL (the paper and most code use this one)
-        k3_ratio = rho k3       exact again: the ratio carries the missing term (Liu et al. 2025, DeepSeek-V3.2)
+        k3_ratio = rho k3       exact again, for ratios of tokens: the ratio carries the missing term (DeepSeek-V3.2)
 
     When a batch is cut into micro-batches, `n_completions` and `n_tokens` are those of the whole batch: then the
     micro-batch losses add up to the loss of the whole, whatever the cut.
@@ -139,7 +139,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, 
     metrics = {"clip_frac": token_mean(cut.float()), "ratio": token_mean(ratio)}
     if ref_logp is not None:
         x = torch.where(mask, ref_logp, 0.0) - logp  # [B, G, T]
-        k3 = x.exp() - x - 1
+        k3 = x.expm1() - x  # expm1: e^x - 1 cancels for the small x of a healthy run
         metrics["kl"] = token_mean(k3)
         per_token = per_token + beta * {"k1": -x, "k2": x ** 2 / 2, "k3": k3, "k3_ratio": ratio * k3}[kl]
 
@@ -229,13 +229,15 @@ def update(model: Transformer, reference: Transformer | None, groups: Sequence, 
 
     The metrics: loss, kl (k3, nats a token), entropy (nats a token), clip_frac, ratio, grad_norm, flat_groups (share
     of groups whose rewards are all equal), logp_gap (largest difference between the sampler's log-probabilities and
-    ours). Raises FloatingPointError before a loss or gradient that is not finite can reach the weights.
+    ours). Without a reference (None) there is no KL, whatever `config.beta` says. Raises FloatingPointError before a
+    loss or gradient that is not finite can reach the weights.
     """
     A = advantages(torch.stack([g.rewards for g in groups]), config.advantage)  # [B, G]
     flat = (A == 0).all(1)  # [B]
     micros = micro_batches(groups, A.to(groups[0].tokens.device), config.micro_tokens)
     n_completions = A.numel()
     n_tokens = sum(int(m.mask.sum()) for m in micros)
+    max_length = config.max_new_tokens or max(g.tokens.shape[1] for g in groups)  # one for all micro-batches
     beta = config.beta if reference is not None else 0.0
     # Without a KL, a batch of flat groups has gradient zero; AdamW would still move by momentum and weight decay.
     learns = beta > 0 or not bool(flat.all())
@@ -255,7 +257,7 @@ def update(model: Transformer, reference: Transformer | None, groups: Sequence, 
                     metrics["logp_gap"] = max(metrics["logp_gap"], gap)
                 loss, seen = policy_loss(logp, m.old_logp, m.ref_logp, m.advantages, m.mask, config.loss,
                                          config.clip_low, config.clip_high, beta, config.kl,
-                                         config.max_new_tokens or None, n_completions, n_tokens)
+                                         max_length, n_completions, n_tokens)
             if not loss.isfinite():
                 raise FloatingPointError(f"The loss is {loss.item()}: a log-probability or the KL overflowed. "
                                          f"The last checkpoint is good; lower --lr or raise --beta.")

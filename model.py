@@ -11,7 +11,7 @@ one key, hd head size.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -234,6 +234,8 @@ class Cache:
 
     def share(self, G: int) -> "Cache":
         """The B rows read so far become prompts; the next call brings B*G rows, G after G."""
+        if self.shared is not None:
+            raise ValueError("This cache has been shared before: its prompt would be lost. Start from a new Cache.")
         self.shared, self.own = self.own, None
         self.shared_mask, self.own_mask = self.own_mask, None
         if torch.is_tensor(self.lengths):
@@ -453,8 +455,12 @@ def read_json(path: Path) -> dict:
 
 def read_weights(folder: Path, model: Transformer, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Every parameter of `model` from the folder's safetensors, single or sharded; exactly those, in those shapes."""
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / names[0]).exists():  # the single file wins, as it does in transformers
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no 'weight_map': copy or download it again.")
+        names = sorted(set(weight_map.values()))
     want = {name: p.shape for name, p in model.named_parameters()}
     state: dict[str, Tensor] = {}
     for file in (folder / n for n in names):
@@ -487,29 +493,42 @@ def read_weights(folder: Path, model: Transformer, device: str, dtype: torch.dty
 
 
 def save(model: Transformer, tokenizer: Tokenizer | None, path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write a folder that transformers, vllm and mlx-lm load as it is; `dtype` None keeps the parameters' own.
-
-    Every file is written beside its place and renamed into it, so that a full disk or a kill leaves the old model.
-    """
+    """Write a folder that transformers, vllm and mlx-lm load as it is; `dtype` None keeps the parameters' own."""
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     state = {name if name.startswith("lm_head") else f"model.{name}": p.detach().to("cpu", dtype).contiguous()
              for name, p in model.named_parameters()}
     stored = str(next(iter(state.values())).dtype).removeprefix("torch.")
     raw = dict(model.raw_config)
     raw["dtype" if "dtype" in raw else "torch_dtype"] = stored
-    part = folder / "model.safetensors.part"
+    files = {"config.json": json.dumps(raw, indent=2).encode() + b"\n", **model.sidecars}
+    if tokenizer is not None:
+        files["tokenizer.json"] = tokenizer.to_str(pretty=True).encode()
+    write_files({folder / "model.safetensors": lambda part: save_file(state, part, metadata={"format": "pt"}),
+                 **{folder / name: lambda part, content=content: part.write_bytes(content)
+                    for name, content in files.items()}})
+    # Shards that the new file replaces: vllm and mlx-lm would read them instead of it, or beside it.
+    for old in (folder / "model.safetensors.index.json", *folder.glob("model-*-of-*.safetensors")):
+        old.unlink(missing_ok=True)
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    write_files({path: write})
+
+
+def write_files(files: dict[Path, Callable[[Path], object]]) -> None:
+    """Each `write(part)` beside its path, then all renamed: a full disk or a kill while writing leaves the old ones."""
+    parts = {path: path.with_name(path.name + ".part") for path in files}
     try:
-        save_file(state, part, metadata={"format": "pt"})
-        os.replace(part, folder / "model.safetensors")
-        texts = {"config.json": json.dumps(raw, indent=2).encode() + b"\n", **model.sidecars}
-        if tokenizer is not None:
-            texts["tokenizer.json"] = tokenizer.to_str(pretty=True).encode()
-        for name, content in texts.items():
-            part = folder / f"{name}.part"
-            part.write_bytes(content)
-            os.replace(part, folder / name)
-    except (OSError, SafetensorError) as e:
-        part.unlink(missing_ok=True)
-        raise OSError(f"Could not write {part} ({e}): the model that was there before is untouched. "
+        for path, part in parts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files[path](part)
+            with open(part, "rb+") as f:
+                os.fsync(f.fileno())  # or a power cut could leave a renamed, empty file
+        for path, part in parts.items():
+            os.replace(part, path)
+    except (OSError, RuntimeError, SafetensorError) as e:  # torch.save says RuntimeError when the disk is full
+        for part in parts.values():
+            if part.exists():
+                part.unlink()
+        raise OSError(f"Could not write {path} ({str(e).splitlines()[0]}): what was saved before is untouched. "
                       f"Free some space and try again.") from e

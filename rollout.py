@@ -87,6 +87,10 @@ def _post(line: str, where: str, number: int, document: str | None, reference: s
                          f"{', '.join(row) or 'none'}. Mend the line, or name the field that holds the text.")
     if not isinstance(summary, str) or (reference and reference not in row):
         raise ValueError(f"{where} has no summary text in the field '{r}'.")
+    try:
+        (text + summary).encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{where} holds half a character, which no tokenizer takes ({e}): mend that line.") from e
     return Post(text.strip(), summary.strip(), str(row.get("id", number)))
 
 
@@ -178,13 +182,17 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
     The random numbers of a completion depend on the seed, its prompt's tokens and its place in the group, and on
     nothing else: the same seed gives the same tokens whatever else is in the batch.
     """
-    if G < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+    if not (G >= 1 and max_new_tokens >= 1 and temperature >= 0 and 0 < top_p <= 1 and top_k >= 0):  # NaN included
         raise ValueError(f"sample needs G and max_new_tokens of at least 1, temperature at least 0, top_p in (0, 1], "
                          f"top_k at least 0; got {G}, {max_new_tokens}, {temperature}, {top_p}, {top_k}.")
     prompts = [torch.as_tensor(p, dtype=torch.long).cpu() for p in prompts]  # B x [P_b]
     longest = max((len(p) for p in prompts), default=0)
     if min((len(p) for p in prompts), default=0) == 0:
         raise ValueError("sample was given no prompt, or an empty one: every prompt needs at least one token.")
+    strange = [i for p in prompts for i in p.tolist() if not 0 <= i < model.config.vocab_size]
+    if strange:
+        raise ValueError(f"A prompt holds token {strange[0]}, and the model knows 0 to {model.config.vocab_size - 1}: "
+                         f"the tokenizer belongs to another model.")
     if longest + max_new_tokens > model.config.max_position_embeddings:
         raise ValueError(f"A prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the model's "
                          f"context of {model.config.max_position_embeddings}: shorten the post or the completion.")

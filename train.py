@@ -13,7 +13,6 @@ import argparse
 import copy
 import dataclasses
 import json
-import os
 import signal
 import sys
 import time
@@ -26,9 +25,9 @@ import torch
 
 import grpo
 import rewards
-from eval import evaluate, within
+from eval import describe, draw_curves, evaluate, read_lines, within
 from grpo import flag
-from model import load, save
+from model import load, save, write_file
 from rollout import TINY, choose_template, load_posts, sample, tokenize
 
 
@@ -89,8 +88,7 @@ def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:
     begun = time.time()
     stages = parse_stages(config.stages)
     model, tokenizer, posts, held_out = prepare(config)
-    start = copy.deepcopy(model).requires_grad_(False) if config.beta > 0 else None  # the KL's reference
-    reference = start
+    reference = copy.deepcopy(model).requires_grad_(False) if config.beta > 0 else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), eps=1e-8,
                                   weight_decay=config.weight_decay, fused=True)
     step = load_checkpoint(folder, model, optimizer) if resume else 0
@@ -102,7 +100,7 @@ def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:
             continue
         if step == stage.first:
             log.evaluation(step, stage.number - 1, model, tokenizer, held_out)
-        if config.stage_ref == "previous" and start is not None and stage.number > 1:
+        if config.stage_ref == "previous" and reference is not None and stage.number > 1:
             reference = stage_reference(folder / "checkpoint" / f"stage-{stage.number}.pt", model, step == stage.first)
         while step < stage.end:
             for g in optimizer.param_groups:
@@ -204,21 +202,6 @@ def score(groups: list, posts: list, reward: rewards.Reward, target: int) -> dic
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-def write_file(path: Path, write) -> None:
-    """`write(part)` beside `path`, then rename: whoever is killed in between leaves the old file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        with open(part, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:  # torch.save says RuntimeError when the disk is full
-        part.unlink(missing_ok=True)
-        raise OSError(f"Could not write {path} ({e}): what was saved before is untouched. Free some space, then go on "
-                      f"with --resume.") from e
 
 
 def save_checkpoint(folder: Path, model, optimizer, step: int) -> None:
@@ -338,7 +321,7 @@ class Log:
     def finish(self, seconds: float) -> None:
         """Curves, and what the run did to the first held-out posts."""
         evals, samples = read_lines(self.folder / "eval.jsonl"), read_lines(self.folder / "samples.jsonl")
-        draw_curves(self.folder, self.config, self.stages, read_lines(self.folder / "metrics.jsonl"), evals)
+        draw_curves(self.folder, self.config.target, [stage.end for stage in self.stages])
         first = [row for row in samples if row["stage"] == 0]
         last = [row for row in samples if row["stage"] == evals[-1]["stage"]]
         for before, after in list(zip(first, last))[:3]:
@@ -349,65 +332,6 @@ class Log:
                  f"\n  before  {describe(evals[0])}\n  after   {describe(evals[-1])}"
                  f"\nDone in {int(seconds // 60)}:{int(seconds % 60):02d}. Look at {self.folder / 'curves.png'}; the "
                  f"model is in {self.folder / 'model'}.")
-
-
-def describe(r: dict) -> str:
-    return (f"{r['within_10pct']:.0%} within ±10% of the target, {r['within_2']:.0%} within ±2 tokens; "
-            f"length {r['length']:.1f} ± {r['length_std']:.1f}; ROUGE-L {r['rouge_l']:.3f}")
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The whole lines of a JSONL file; a last one cut by a kill is no line."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
-def draw_curves(folder: Path, config: Config, stages: list[Stage], rows: list[dict], evals: list[dict]) -> None:
-    import matplotlib
-    matplotlib.use("Agg")  # a file, not a window
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    steps = [row["step"] for row in rows]
-
-    def curve(ax, name, title, label=None):
-        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        if not points:
-            return
-        x, y = zip(*points)
-        ax.plot(x, y, lw=0.7, alpha=0.35, color="C0" if label is None else None)
-        k = min(9, len(y))
-        smooth = np.convolve(y, np.ones(k) / k, "valid")
-        ax.plot(x[k - 1:], smooth, lw=1.8, color=ax.lines[-1].get_color(), label=label)
-        ax.set_title(title, fontsize=10)
-
-    def dots(ax, name):
-        ax.plot([e["step"] for e in evals], [e[name] for e in evals], "o", color="C3", label="held out, greedy")
-        ax.legend(fontsize=8)
-
-    curve(axes[0, 0], "reward", "reward of sampled completions")
-    curve(axes[0, 1], "length", f"length in tokens (target {config.target})")
-    axes[0, 1].axhspan(0.9 * config.target, 1.1 * config.target, color="C2", alpha=0.2)
-    dots(axes[0, 1], "length")
-    curve(axes[0, 2], "within_10pct", "share within ±10% of the target")
-    dots(axes[0, 2], "within_10pct")
-    curve(axes[1, 0], "rouge_l", "ROUGE-L")
-    dots(axes[1, 0], "rouge_l")
-    axes[1, 0].set_title("ROUGE-L F1", fontsize=10)
-    curve(axes[1, 1], "kl", "KL to the reference (nats a token)")
-    curve(axes[1, 2], "entropy", "entropy (nats a token)")
-    for ax in axes.flat:
-        ax.set_xlabel("step", fontsize=8)
-        ax.set_xlim(0, max(steps, default=1))
-        ax.grid(alpha=0.2)
-        for stage in stages[:-1]:
-            ax.axvline(stage.end, color="grey", lw=0.8, ls=":")
-    write_file(folder / "curves.png", lambda part: figure.savefig(part, dpi=110, format="png"))
-    plt.close(figure)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -423,7 +347,8 @@ def read_arguments(argv: list[str] | None) -> tuple[Config, bool, dict]:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in fields(Config):
         default = " ".join(f'"{x}"' for x in f.default) if isinstance(f.default, tuple) else f.default
-        more: dict = {"help": f"{f.metadata['help']} (default: {default if default != '' else 'empty'})".replace("%", "%%")}
+        default = "empty" if default == "" else default
+        more: dict = {"help": f"{f.metadata['help']} (default: {default})".replace("%", "%%")}
         if isinstance(f.default, bool):
             more["action"] = argparse.BooleanOptionalAction
         else:
@@ -468,8 +393,8 @@ def open_run(config: Config, resume: bool, given: dict) -> tuple[Config, Path]:
         saved["stages"] = tuple(saved["stages"])
         for name, value in given.items():
             if name != "run" and saved.get(name) != value:
-                raise ValueError(f"{folder} was begun with {name} = {saved.get(name)}, not {value}: a resumed run keeps "
-                                 f"its settings. Leave the flag out, or start another run.")
+                raise ValueError(f"{folder} was begun with {name} = {saved.get(name)}, not {value}: a resumed run "
+                                 f"keeps its settings. Leave the flag out, or start another run.")
         return Config(**{f.name: saved[f.name] for f in fields(Config) if f.name in saved}), folder
     if not config.run:
         base, n = Path(config.model).name, 1
@@ -488,9 +413,12 @@ def open_run(config: Config, resume: bool, given: dict) -> tuple[Config, Path]:
 class Stop:
     """Ctrl-C: the first one ends the run after its step, the second one at once."""
 
-    def __init__(self):
-        self.asked = False
-        signal.signal(signal.SIGINT, self.ask)
+    def __enter__(self):
+        self.asked, self.before = False, signal.signal(signal.SIGINT, self.ask)
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGINT, self.before)
 
     def ask(self, *_) -> None:
         if self.asked:
@@ -505,7 +433,8 @@ def main(argv: list[str] | None = None) -> int:
         check(config)
         parse_stages(config.stages)
         config, folder = open_run(config, resume, given)
-        train(config, folder, resume, Stop())
+        with Stop() as stop:
+            train(config, folder, resume, stop)
     except (ValueError, OSError, FloatingPointError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 1

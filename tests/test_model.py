@@ -1,0 +1,669 @@
+"""The model, as a lesson: it is the same function as transformers', however it is stored, batched, cached or cut.
+
+The oracle is transformers; where there is none (shared prompts, chunked log-probabilities) the oracle is the plain and
+wasteful way of computing the same thing, in float64, values and gradients. Weights are all random: a wrong bias, norm
+or rotation cannot hide behind an initial 0 or 1.
+"""
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+
+import huggingface_hub
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from model import Cache, load, pad, save, token_logprobs
+from tests.helpers import (
+    assert_same,
+    byte_bpe,
+    edit_json,
+    few,
+    gradients,
+    randomise,
+    raw_config,
+    real,
+    refusal,
+    tiny_model,
+    tokens,
+)
+
+FAMILIES = ["llama", "qwen2", "qwen3"]
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def write_folder(path, family="qwen2", shards=False, seed=0, **more):
+    """A model folder as transformers writes it, with random weights -> (folder, the transformers model)."""
+    raw = raw_config(family, **more)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(raw.pop("model_type"), **raw))
+    randomise(theirs, seed).save_pretrained(path, max_shard_size="30KB" if shards else "1GB")
+    return path, theirs.eval()
+
+
+def assert_equal_logits(folder, theirs, atol=1e-4):
+    ours, _ = load(folder, "cpu")
+    ids = tokens(3, 17)
+    with torch.no_grad():
+        want = theirs(ids).logits  # [3, 17, V]
+        assert want.std() > 0.5  # not a model that says the same whatever it reads
+        assert_same(ours(ids), want, atol)
+
+
+# --------------------------------------------------------------------------------------------- the same function
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["single", "sharded"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_transformers(tmp_path, family, tied, shards):
+    """Three families, tied and untied heads, one file or several: 1e-4 is float32's rounding, and nothing more."""
+    folder, theirs = write_folder(tmp_path, family, shards, tie_word_embeddings=tied)
+    assert len(list(folder.glob("*.safetensors"))) > 1 if shards else (folder / "model.safetensors").exists()
+    assert_equal_logits(folder, theirs)
+
+
+@pytest.mark.parametrize("family, more", [
+    ("llama", {"attention_bias": True, "mlp_bias": True}),  # biases on all seven projections
+    ("llama", {"head_dim": 20}),  # heads wider than hidden / heads
+    ("llama", {"num_key_value_heads": 4}),  # plain multi-head attention
+    ("llama", {"num_key_value_heads": 1}),  # one key head for all
+    ("qwen3", {"attention_bias": True}),  # on the output projection too, where qwen2 has none
+    ("qwen2", {"rms_norm_eps": 0.1}),  # an epsilon so large that a wrong one shows
+], ids=str)
+def test_every_switch_of_a_config_is_obeyed(tmp_path, family, more):
+    assert_equal_logits(*write_folder(tmp_path, family, **more))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_spellings_of_the_rope_base_mean_the_same(tmp_path, family):
+    """transformers 4 wrote `rope_theta`, 5 writes `rope_parameters`. A base that is overlooked falls back to 10000:
+    nothing crashes, and the model is slightly stupid. So the base here is 500, and the results must be identical."""
+    folder, theirs = write_folder(tmp_path, family)
+    spellings = [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": ..., "rope_scaling": ...},
+        {"rope_parameters": ..., "rope_theta": 500, "rope_scaling": None},
+        {"rope_parameters": ..., "rope_theta": 500.0, "rope_scaling": {"type": "default"}},
+    ]
+    logits = []
+    for spelling in spellings:
+        edit_json(folder / "config.json", **spelling)
+        ours, _ = load(folder, "cpu")
+        assert ours.config.rope_theta == 500
+        logits.append(ours(tokens(2, 17)))
+    assert_equal_logits(folder, theirs)
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+    edit_json(folder / "config.json", rope_theta=10000.0)  # the base does matter here
+    assert (load(folder, "cpu")[0](tokens(2, 17)) - logits[0]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("stored", [[EMBED], [HEAD], [EMBED, HEAD]], ids=str)
+def test_a_tied_matrix_is_found_under_either_name(tmp_path, stored):
+    """Writers disagree on which of the two names to keep; after loading it is one parameter, with one gradient."""
+    folder, theirs = write_folder(tmp_path, "qwen3")
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    matrix = weights.pop(EMBED)
+    save_file({**weights, **{name: matrix.clone() for name in stored}}, file, {"format": "pt"})
+    assert_equal_logits(folder, theirs)
+    ours, _ = load(folder, "cpu")
+    assert ours.head is ours.embed_tokens.weight and "lm_head.weight" not in dict(ours.named_parameters())
+
+
+def test_a_stored_rotation_table_is_passed_over(tmp_path):
+    folder, theirs = write_folder(tmp_path, "llama")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert_equal_logits(folder, theirs)
+
+
+def test_a_pretrained_model_tells_the_story_it_is_known_for():
+    """Not random weights this time: 200 greedy steps, logits and log-probabilities of a real little Llama."""
+    folder = real("models/stories260k")
+    golden = json.loads((folder / "golden.json").read_text())
+    model, tokenizer = load(folder, "cpu")
+    ids = golden["greedy_ids_from_bos_200_steps"]
+    cache, said = Cache(), ids[:1]
+    with torch.no_grad():
+        for _ in range(len(ids) - 1):
+            hidden = model.hidden(torch.tensor([said[-1:]]), cache)  # [1, 1, D]
+            said.append(int((hidden @ model.head.T).argmax()))
+        hidden = model.hidden(torch.tensor([ids]))  # [1, 201, D]
+        logp, _ = token_logprobs(model, hidden[:, :-1], torch.tensor([ids[1:]]))  # [1, 200]
+    assert said == ids
+    assert tokenizer.decode(ids).strip() == golden["expected_text"].strip()
+    first = torch.tensor(golden["logits_first_position_first_16"])
+    assert_same((hidden[0, 0] @ model.head.T)[:16].detach(), first, 1e-4)
+    assert_same(logp[0], torch.tensor(golden["per_token_logprob"]), 1e-4)
+    assert logp.double().sum().item() == pytest.approx(golden["sum_logprob_of_greedy_ids"], abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------------- cache, padding, groups
+
+
+@few
+@given(st.sampled_from(FAMILIES), st.lists(st.integers(1, 5), min_size=1, max_size=5))
+def test_reading_in_pieces_is_reading_at_once(family, pieces):
+    """Token by token is the special case of pieces of one: positions and keys must go on where the cache stopped."""
+    model, ids, cache = tiny_model(family), tokens(2, sum(pieces)), Cache()
+    with torch.no_grad():
+        for chunks in (pieces, [1] * sum(pieces)):
+            cache = Cache()
+            hidden = torch.cat([model.hidden(piece, cache) for piece in ids.split(chunks, 1)], 1)  # [2, T, D]
+            assert_same(hidden @ model.head.T, model(ids), 1e-5)
+
+
+lengths_and_side = st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.sampled_from(["left", "right"]))
+
+
+def pad_rows(rows, side):
+    """Padding is token 7 here, a word like any other: only the mask may say what is padding."""
+    width = max(map(len, rows))
+    padded, mask = torch.full((len(rows), width), 7), torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        at = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        padded[i, at], mask[i, at] = row, True
+    return padded, mask
+
+
+@few
+@given(lengths_and_side, st.sampled_from(FAMILIES))
+def test_padding_changes_nothing(shape, family):
+    """Neither logits of real tokens nor gradients: a batch of different lengths is the same rows, one by one."""
+    lengths, side = shape
+    model = tiny_model(family, dtype=torch.float64)
+    rows = [tokens(1, n, seed=i)[0] for i, n in enumerate(lengths)]
+    padded, mask = pad_rows(rows, side)
+    weight = torch.randn(sum(lengths), 40, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    batched = model(padded, mask)[mask]  # [tokens, V]
+    single = torch.cat([model(row[None])[0] for row in rows])  # [tokens, V]
+    assert_same(batched, single, 1e-10)
+    assert_same(gradients(model, (batched * weight).sum()), gradients(model, (single * weight).sum()), 1e-9)
+
+
+@few
+@given(lengths_and_side, st.sampled_from(FAMILIES))
+def test_a_padded_prompt_continues_as_if_it_were_not(shape, family):
+    """After a padded prompt, the next token's position is the number of real tokens, and padding stays invisible."""
+    lengths, side = shape
+    model = tiny_model(family, dtype=torch.float64)
+    rows = [tokens(1, n, seed=i)[0] for i, n in enumerate(lengths)]
+    more = tokens(len(rows), 4, seed=9)
+    cache = Cache()
+    with torch.no_grad():
+        model.hidden(pad_rows(rows, side)[0], cache, pad_rows(rows, side)[1])
+        hidden = torch.cat([model.hidden(piece, cache) for piece in more.split([1, 2, 1], 1)], 1)  # [N, 4, D]
+        for i, row in enumerate(rows):
+            assert_same(hidden[i], model.hidden(torch.cat([row, more[i]])[None])[0, -4:], 1e-10)
+
+
+def test_pad_knows_lengths_and_not_values():
+    """Token 0 is padding and a word: only the mask tells them apart."""
+    padded, mask = pad([torch.tensor([0, 5, 0]), torch.tensor([0])])
+    assert padded.tolist() == [[0, 5, 0], [0, 0, 0]]
+    assert mask.tolist() == [[True, True, True], [True, False, False]]
+
+
+def full_copies(model, prompts, completions):
+    """The wasteful oracle: every row on its own, prompt and all -> hidden that predicts, [B*G, T+1, D]."""
+    G, T = len(completions) // len(prompts), completions.shape[1]
+    rows = [torch.cat([prompts[i // G], c]) for i, c in enumerate(completions)]
+    return torch.stack([model.hidden(row[None])[0, -T - 1:] for row in rows])
+
+
+@few
+@given(lengths_and_side, st.sampled_from(FAMILIES), st.integers(1, 4), st.sampled_from([[3], [1, 2], [1, 1, 1]]),
+       st.booleans())
+def test_a_group_on_one_prompt_equals_full_copies(shape, family, G, pieces, checkpointing):
+    """The idea that makes training cheap: G completions attend to one copy of their prompt, gradients included.
+
+    Plain attention over prompt + completion, G times, is what it must equal, for prompts of different lengths in one
+    batch, completions read at once (training) or in pieces (sampling). float64, so that 1e-10 means 'the same'."""
+    lengths, side = shape
+    model = tiny_model(family, dtype=torch.float64)
+    prompts = [tokens(1, n, seed=i)[0] for i, n in enumerate(lengths)]
+    B, T = len(prompts), sum(pieces)
+    completions = tokens(B * G, T, seed=11)
+    padded, mask = pad_rows(prompts, side)
+
+    model.checkpointing = checkpointing
+    cache = Cache()
+    hidden = model.hidden(padded, cache, None if mask.all() else mask)  # [B, P, D]
+    final = [len(p) - 1 if side == "right" else -1 for p in prompts]
+    last = hidden[torch.arange(B), final].repeat_interleave(G, 0)  # [B*G, D]
+    cache.share(G)
+    shared = torch.cat([last[:, None], *(model.hidden(c, cache) for c in completions.split(pieces, 1))], 1)
+    model.checkpointing = False
+    plain = full_copies(model, prompts, completions)
+
+    weight = torch.randn(B * G, T + 1, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    assert_same(shared @ model.head.T, plain @ model.head.T, 1e-10)
+    assert_same(gradients(model, (shared @ model.head.T * weight).sum()),
+                gradients(model, (plain @ model.head.T * weight).sum()), 1e-9)
+
+
+def test_a_cache_is_shared_once():
+    """A second `share` would forget the first prompt, and everything would go on with a wrong past."""
+    model, cache = tiny_model(), Cache()
+    model.hidden(tokens(1, 4), cache)
+    model.hidden(tokens(1, 3), cache.share(1))
+    assert "shared" in refusal(ValueError, cache.share, 2)
+
+
+def test_completions_may_be_padded_too():
+    """A mask on the rows after `share`: what is padding there is nobody's past."""
+    model = tiny_model("qwen3", dtype=torch.float64)
+    prompt, rows = tokens(1, 6), [tokens(1, n, seed=n)[0] for n in (2, 5)]
+    for side in ("left", "right"):
+        padded, mask = pad_rows(rows, side)
+        cache = Cache()
+        model.hidden(prompt, cache)
+        hidden = model.hidden(padded, cache.share(2), mask)  # [2, 5, D]
+        for i, row in enumerate(rows):
+            assert_same(hidden[i][mask[i]], model.hidden(torch.cat([prompt[0], row])[None])[0, 6:], 1e-10)
+
+
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [2, 6, 4]], ids=["equal", "different"])
+@pytest.mark.parametrize("keep_prompts, keep_rows", [
+    ([0, 1, 2], [0, 1, 2, 3, 4, 5]),  # everything
+    ([0, 1, 2], [1, 2, 5]),  # a column less: the prompts are not copied
+    ([0, 2], [0, 1, 4, 5]),  # a prompt less
+    ([2], [5]),  # the last one standing
+], ids=str)
+def test_finished_rows_leave_and_the_others_do_not_notice(lengths, keep_prompts, keep_rows):
+    model = tiny_model("qwen2", dtype=torch.float64)
+    prompts = [tokens(1, n, seed=i)[0] for i, n in enumerate(lengths)]
+    completions = tokens(6, 5, seed=3)  # 3 prompts, 2 rows each
+    padded, mask = pad_rows(prompts, "right")
+    cache = Cache()
+    model.hidden(padded, cache, None if mask.all() else mask)
+    cache.share(2)
+    cache.keep(torch.arange(3), torch.arange(6))  # before any own token: nothing to lose
+    model.hidden(completions[:, :3], cache)
+    cache.keep(torch.tensor(keep_prompts), torch.tensor(keep_rows))
+    assert cache.shared[0][0].shape[0] == len(keep_prompts) and cache.own[0][0].shape[0] == len(keep_rows)
+    after = model.hidden(completions[keep_rows, 3:], cache)  # [rows, 2, D]
+    assert_same(after, full_copies(model, prompts, completions)[keep_rows, -2:], 1e-10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_recomputes_and_changes_nothing(family):
+    model, ids = tiny_model(family, dtype=torch.float64), tokens(2, 8)
+    calls, results = [], []
+    model.layers[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    for on in (False, True):
+        model.checkpointing = on
+        calls.clear()
+        loss = model(ids).log_softmax(-1)[..., 3].sum()
+        results.append((loss.detach(), gradients(model, loss)))
+        assert len(calls) == (2 if on else 1)  # once more in backward: otherwise nothing was saved
+    assert_same(results[0][0], results[1][0], 1e-12)
+    assert_same(results[0][1], results[1][1], 1e-12)
+    with torch.no_grad():
+        calls.clear()
+        model(ids)
+    assert len(calls) == 1
+
+
+# ------------------------------------------------------------------------------------------- log-probabilities
+
+
+@few
+@given(st.integers(1, 20), st.integers(1, 8), st.sampled_from([0.3, 1.0, 1.7]), st.booleans())
+def test_token_logprobs_is_log_softmax_whatever_the_chunk(positions, chunk, temperature, tied):
+    """Values, entropy, and the gradients for the states and for the head, tied to the embedding or not."""
+    model = tiny_model("llama", dtype=torch.float64, tie_word_embeddings=tied)
+    ids, targets = tokens(2, positions), tokens(2, positions, seed=1)
+    weight = torch.randn(2, positions, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    hidden = model.hidden(ids)  # [2, T, D]
+    log_p = (hidden @ model.head.T / temperature).log_softmax(-1)  # [2, T, V]
+    want = log_p.gather(-1, targets[..., None]).squeeze(-1)
+    logp, entropy = token_logprobs(model, hidden, targets, temperature, chunk)
+    assert_same(logp, want, 1e-12)
+    assert_same(entropy, -(log_p.exp() * log_p).sum(-1).detach(), 1e-12)
+    assert logp.shape == entropy.shape == targets.shape and not entropy.requires_grad
+    for_hidden = [torch.autograd.grad((x * weight).sum(), hidden, retain_graph=True)[0] for x in (logp, want)]
+    assert_same(*for_hidden, 1e-12)
+    assert_same(gradients(model, (logp * weight).sum()), gradients(model, (want * weight).sum()), 1e-9)
+
+
+def test_token_logprobs_gradient_by_finite_differences():
+    """The backward pass is written by hand, so nobody's formula is trusted but the definition of a derivative."""
+    model = tiny_model("llama", dtype=torch.float64, vocab_size=7, tie_word_embeddings=False)
+    hidden = torch.randn(5, 32, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    targets = tokens(1, 5, vocab=7)[0]
+
+    def logp(hidden, weight):
+        model.lm_head.weight = weight
+        return token_logprobs(model, hidden, targets, temperature=0.7, chunk=2)[0]
+
+    del model.lm_head.weight  # a plain tensor in its place, which gradcheck may vary
+    weight = torch.randn(7, 32, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(1))
+    assert torch.autograd.gradcheck(logp, (hidden, weight))
+
+
+def test_token_logprobs_of_certain_and_hopeless_tokens_stay_finite():
+    """Logits hundreds apart: entropy 0 and not NaN (0 log 0), a hopeless token's logp finite, in float32."""
+    model = tiny_model("llama", vocab_size=3, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()[:, 0] = torch.tensor([0.0, 300.0, -300.0])
+    hidden = torch.zeros(2, 32).index_fill_(1, torch.tensor([0]), 1.0)
+    logp, entropy = token_logprobs(model, hidden, torch.tensor([1, 2]))
+    assert logp.tolist() == [0.0, -600.0] and entropy.tolist() == [0.0, 0.0]
+
+
+def test_token_logprobs_of_bf16_models_come_in_float32():
+    model, ids = tiny_model("qwen2", dtype=torch.bfloat16), tokens(1, 6)
+    logp, _ = token_logprobs(model, model.hidden(ids), ids)
+    assert logp.dtype == torch.float32
+    assert all(g.dtype == torch.bfloat16 for g in gradients(model, logp.sum()).values())
+
+
+def test_greedy_has_no_log_probabilities():
+    model = tiny_model()
+    message = refusal(ValueError, token_logprobs, model, torch.zeros(1, 32), torch.zeros(1, dtype=torch.long), 0.0)
+    assert "temperature" in message
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation, forward or backward, makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if torch.is_tensor(tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_logits_of_a_whole_batch_never_exist():
+    """96 positions x 200 words, 40 at a time: nothing larger than 40 x 200 is ever made, in backward neither."""
+    positions, vocabulary, chunk = 96, 200, 40
+    model = tiny_model("llama", vocab_size=vocabulary)  # D = 32 < chunk, so the head itself is smaller than a chunk
+    hidden = model.hidden(tokens(1, positions)).detach().requires_grad_()
+    targets = tokens(1, positions, vocab=vocabulary)
+    with Largest() as ours:
+        token_logprobs(model, hidden, targets, chunk=chunk)[0].sum().backward()
+    assert hidden.grad is not None and model.head.grad is not None
+    assert ours.numel <= chunk * vocabulary
+    with Largest() as plain:  # and the way to do without would have been seen
+        (hidden @ model.head.T).log_softmax(-1)
+    assert plain.numel == positions * vocabulary
+
+
+# ---------------------------------------------------------------------------------------------------- saving
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_saved_transformers_loads(tmp_path, family, tied):
+    """load -> change -> save: transformers must find the change, and nothing else to complain about."""
+    folder, _ = write_folder(tmp_path / "before", family, tie_word_embeddings=tied)
+    ours, _ = load(folder, "cpu")
+    randomise(ours, seed=1)
+    save(ours, None, tmp_path / "after")
+    theirs, notes = AutoModelForCausalLM.from_pretrained(tmp_path / "after", output_loading_info=True)
+    assert not any(notes.values()), notes
+    before, after = (load_file(f / "model.safetensors").keys() for f in (folder, tmp_path / "after"))
+    assert before == after  # transformers would forgive another prefix, vllm would not
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        assert_same(theirs(ids).logits, ours(ids), 1e-4)
+        assert torch.equal(load(tmp_path / "after", "cpu")[0](ids), ours(ids))  # and bit for bit by us
+
+
+def test_saving_bf16_says_so_and_rounds_once(tmp_path):
+    folder, _ = write_folder(tmp_path / "before", "qwen2")
+    ours, _ = load(folder, "cpu")
+    save(ours, None, tmp_path / "after", dtype=torch.bfloat16)
+    stored = load_file(tmp_path / "after" / "model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.bfloat16}
+    assert ours.embed_tokens.weight.dtype == torch.float32  # the model in memory stays exact
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "after")
+    assert theirs.dtype == torch.bfloat16  # config.json says what the file holds
+    again, _ = load(tmp_path / "after", "cpu")
+    assert again.embed_tokens.weight.dtype == torch.float32  # small updates vanish in bf16: training never gets it
+    assert torch.equal(again.head, ours.head.bfloat16().float())
+    frozen, _ = load(tmp_path / "after", "cpu", torch.bfloat16)
+    assert torch.equal(frozen.head, ours.head.bfloat16())
+
+
+def test_everything_beside_the_weights_passes_through(tmp_path):
+    """Chat template, stop tokens and the rest must come out as they went in, or the saved model talks differently."""
+    folder, _ = write_folder(tmp_path / "before", "qwen2", bos_token_id=0)
+    byte_bpe().save(str(folder / "tokenizer.json"))
+    files = {"tokenizer_config.json": '{"eos_token" : "<|im_end|>"}', "chat_template.jinja": "{{ 'é\r\n' }}",
+             "generation_config.json": '{"eos_token_id": [2, 0], "x": 1}\n', "special_tokens_map.json": "{}",
+             "vocab.json": "{}", "merges.txt": "#version: 0.2"}
+    for name, text in files.items():
+        (folder / name).write_bytes(text.encode())
+    edit_json(folder / "config.json", a_key_of_the_future={"kept": [1, None]})
+    ours, tokenizer = load(folder, "cpu")
+    assert ours.config.eos_token_ids == (2, 0)  # config.json names one, generation_config.json another
+    save(ours, tokenizer, tmp_path / "after")
+    for name, text in files.items():
+        assert (tmp_path / "after" / name).read_bytes() == text.encode(), name
+    before, after = (json.loads((f / "tokenizer.json").read_text()) for f in (folder, tmp_path / "after"))
+    assert before == after
+    before, after = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "after"))
+    assert {k: v for k, v in after.items() if not k.endswith("dtype")} == {
+        k: v for k, v in before.items() if not k.endswith("dtype")}
+    assert not list((tmp_path / "after").glob("*.part"))
+
+
+def test_a_tokenizer_that_was_saved_with_truncation_does_not_truncate(tmp_path):
+    """Training scripts leave 'truncate to 8, pad to 8' in tokenizer.json; here every token counts."""
+    folder, _ = write_folder(tmp_path, "qwen2")
+    tokenizer = byte_bpe()
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _, again = load(folder, "cpu")
+    assert len(again.encode("é" * 20).ids) > 8 and len(again.encode("a").ids) == 1
+
+
+def test_saving_over_a_sharded_folder_replaces_the_model(tmp_path):
+    """The new file beside the old index and shards: whoever loads next must get the new model, not the old one."""
+    folder, _ = write_folder(tmp_path, "qwen2", shards=True)
+    ours, _ = load(folder, "cpu")
+    randomise(ours, seed=1)
+    save(ours, None, folder)
+    assert [f.name for f in folder.glob("model*.safetensors*")] == ["model.safetensors"]  # mlx-lm reads all it finds
+    ids = tokens(1, 5)
+    with torch.no_grad():
+        assert_same(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, ours(ids), 1e-4)
+        assert_same(load(folder, "cpu")[0](ids), ours(ids), 1e-6)
+
+
+@contextmanager
+def disk_full_after(n_bytes):
+    """No file may grow beyond n_bytes: what a full disk looks like from inside, for root as well."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("fails_at", ["weights", "tokenizer"])
+def test_a_failed_save_leaves_the_old_model(tmp_path, fails_at):
+    """Half a model is worse than none: whichever file the disk has no room for, all the old ones must stay."""
+    folder, _ = write_folder(tmp_path, "qwen2")
+    ours, _ = load(folder, "cpu")
+    before = {f.name: f.read_bytes() for f in folder.iterdir()}
+    room = 1000 if fails_at == "weights" else max(map(len, before.values())) + 1000
+    ours.sidecars["vocab.json"] = b" " * (room + 1)
+    randomise(ours, seed=1)
+    with disk_full_after(room):
+        message = refusal(OSError, save, ours, None, folder)
+    assert str(folder / ("model.safetensors" if fails_at == "weights" else "vocab.json")) in message
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == before  # and no litter
+    load(folder, "cpu")
+    del ours.sidecars["vocab.json"]
+    save(ours, None, folder)  # once there is room, it works
+    assert torch.equal(load(folder, "cpu")[0].head, ours.head)
+
+
+def test_a_save_onto_a_file_is_one_sentence(tmp_path):
+    (tmp_path / "taken").write_text("x")
+    assert str(tmp_path / "taken") in refusal(OSError, save, tiny_model(), None, tmp_path / "taken")
+
+
+# ----------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An untied qwen2 folder, and a sharded one, to be copied and broken."""
+    path = tmp_path_factory.mktemp("whole")
+    write_folder(path / "single", "qwen2", tie_word_embeddings=False)
+    write_folder(path / "sharded", "qwen2", tie_word_embeddings=False, shards=True)
+    return path
+
+
+def broken(whole, tmp_path, kind="single"):
+    return shutil.copytree(whole / kind, tmp_path / "model")
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    message = refusal(FileNotFoundError, load, tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in message
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty" / "config.json") in refusal(FileNotFoundError, load, tmp_path / "empty")
+    (tmp_path / "file").write_text("x")
+    assert str(tmp_path / "file") in refusal(ValueError, load, tmp_path / "file")
+
+
+@pytest.mark.parametrize("content", [b'{"model_type": "qwen2",', b"", b"[1]", b"\xff"])
+def test_a_config_that_cannot_be_read(whole, tmp_path, content):
+    folder = broken(whole, tmp_path)
+    (folder / "config.json").write_bytes(content)
+    assert str(folder / "config.json") in refusal(ValueError, load, folder)
+
+
+@pytest.mark.parametrize("changes, named", [
+    ({"model_type": "gpt2"}, "gpt2"),
+    ({"model_type": ...}, "model_type"),
+    ({"hidden_size": ...}, "hidden_size"),
+    ({"vocab_size": ...}, "vocab_size"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": ...}, "llama3"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": ...}, "linear"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0}}, "yarn"),
+    ({"use_sliding_window": True, "sliding_window": 8}, "sliding"),
+    ({"hidden_act": "gelu"}, "gelu"),
+], ids=lambda x: x if isinstance(x, str) else "")
+def test_a_model_that_would_be_computed_wrongly_is_refused(whole, tmp_path, changes, named):
+    """A feature that is ignored loads well, trains badly and never says so. The message names file and feature."""
+    folder = broken(whole, tmp_path)
+    edit_json(folder / "config.json", **changes)
+    message = refusal(ValueError, load, folder)
+    assert str(folder / "config.json") in message and named in message
+
+
+def test_a_sliding_window_that_is_switched_off_is_no_obstacle(whole, tmp_path):
+    """Qwen2.5's config names a window and says that it is not used."""
+    folder = broken(whole, tmp_path)
+    edit_json(folder / "config.json", use_sliding_window=False, sliding_window=32768, max_window_layers=21)
+    load(folder, "cpu")
+
+
+NORM = "model.layers.1.post_attention_layernorm.weight"
+
+
+def test_a_missing_weight_is_named(whole, tmp_path):
+    """The alternative is a randomly initialised layer and a model that is merely bad."""
+    folder = broken(whole, tmp_path)
+    change_weights(folder, lambda w: w.pop(NORM))
+    message = refusal(ValueError, load, folder)
+    assert NORM.removeprefix("model.") in message and str(folder) in message
+
+
+def test_an_untied_head_is_not_taken_from_the_embedding(whole, tmp_path):
+    folder = broken(whole, tmp_path)
+    change_weights(folder, lambda w: w.pop(HEAD))
+    assert HEAD in refusal(ValueError, load, folder)
+
+
+def test_an_unexpected_weight_is_named(whole, tmp_path):
+    """A norm on the queries, say: a model that has it computes something else than qwen2."""
+    folder = broken(whole, tmp_path)
+    name = "model.layers.0.self_attn.q_norm.weight"
+    change_weights(folder, lambda w: w.update({name: torch.ones(8)}))
+    message = refusal(ValueError, load, folder)
+    assert name in message and str(folder / "model.safetensors") in message
+
+
+def test_a_wrong_shape_is_named_with_both_shapes(whole, tmp_path):
+    folder = broken(whole, tmp_path)
+    change_weights(folder, lambda w: w.update({NORM: torch.ones(31)}))
+    message = refusal(ValueError, load, folder)
+    assert all(part in message for part in (NORM, "[31]", "[32]", str(folder / "model.safetensors")))
+
+
+@pytest.mark.parametrize("left", [0, 4, 100, -1], ids=["empty", "half a header length", "half a header", "one byte"])
+def test_a_truncated_weight_file_is_named(whole, tmp_path, left):
+    """An interrupted download."""
+    folder = broken(whole, tmp_path)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:left])
+    assert str(file) in refusal(ValueError, load, folder)
+
+
+def test_missing_weight_files_are_named(whole, tmp_path):
+    folder = broken(whole, tmp_path)
+    (folder / "model.safetensors").unlink()
+    assert str(folder / "model.safetensors") in refusal(FileNotFoundError, load, folder)
+
+
+def test_a_missing_shard_is_named(whole, tmp_path):
+    folder = broken(whole, tmp_path, "sharded")
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    assert str(shard) in refusal(FileNotFoundError, load, folder)
+
+
+@pytest.mark.parametrize("text", ["{", "{}"], ids=["cut", "no weight_map"])
+def test_a_broken_index_is_named(whole, tmp_path, text):
+    folder = broken(whole, tmp_path, "sharded")
+    (folder / "model.safetensors.index.json").write_text(text)
+    assert str(folder / "model.safetensors.index.json") in refusal(ValueError, load, folder)
+
+
+def test_a_broken_tokenizer_is_named(whole, tmp_path):
+    folder = broken(whole, tmp_path)
+    (folder / "tokenizer.json").write_text("{}")
+    assert str(folder / "tokenizer.json") in refusal(ValueError, load, folder)
+
+
+def test_a_hub_name_that_cannot_be_had(monkeypatch):
+    """Offline, misspelt or gated: one sentence with the name, whatever the many types of error underneath."""
+    def offline(name, **_):
+        raise huggingface_hub.errors.LocalEntryNotFoundError(f"no connection\nand no copy of {name}")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    message = refusal(OSError, load, "somebody/a-model")
+    assert "somebody/a-model" in message and "no connection" in message
+
+
+def test_a_hub_name_that_can_be_had_is_its_local_copy(whole, monkeypatch):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download",
+                        lambda name, **_: asked.append(name) or os.fspath(whole / "single"))
+    load("somebody/a-model", "cpu")
+    assert asked == ["somebody/a-model"]

@@ -1,0 +1,291 @@
+"""The loop as a user meets it: a real process, killed, resumed, fed with broken files, and read afterwards."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+import eval as evaluation
+import train
+from model import Transformer, load, read_config, save
+from rollout import TINY, load_posts
+
+ROOT = Path(__file__).parent.parent
+STAGES = ["--stages", "length:8", "rouge_l+length:8"]
+SMALL = ["--prompts", "2", "--group", "4", "--target", "6", "--eval-posts", "4", "--lr", "1e-2", "--save-every", "3",
+         "--print-every", "1", "--stage-ref", "previous", *STAGES]
+TIMINGS = {"seconds", "tokens_per_s"}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A random model of one narrow layer with the tiny folder's tokenizer: a training step takes milliseconds."""
+    raw = json.loads((TINY / "config.json").read_text()) | {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "tie_word_embeddings": False}
+    torch.manual_seed(0)
+    model = Transformer(read_config(raw, "test"))
+    tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    # It babbles a dozen words and the stop token, so that lengths and overlaps differ and there is something to learn.
+    words = tokenizer.encode(" the a was on in his her and to he she").ids + [tokenizer.token_to_id("<|im_end|>")]
+    torch.nn.init.normal_(model.lm_head.weight, std=0.02)
+    model.lm_head.weight.data[words] = torch.randn(len(words), 16)
+    model.raw_config = raw
+    folder = tmp_path_factory.mktemp("small") / "model"
+    save(model, tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
+def cwd(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def start(cwd: Path, *args: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def untimed(path: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in lines(path)]
+
+
+def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+    deadline = time.time() + 120
+    while process.poll() is None and time.time() < deadline:
+        if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") >= step:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"the run never came to step {step}: {process.communicate()[0]}")
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory) -> Path:
+    """The run that nobody disturbed."""
+    cwd = tmp_path_factory.mktemp("whole")
+    process = start(cwd, "--model", str(small), "--run", "r", *SMALL)
+    out, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, out
+    return cwd / "runs" / "r"
+
+
+def test_a_killed_run_resumes_bit_for_bit(small, whole, cwd):
+    """kill -9 at three random moments (once right at the change of stage), resumed each time: the same log, the same
+    evaluations and the same weights as the run that was left alone."""
+    dice = random.Random(time.time_ns())  # any moment must do; a failing moment is printed
+    moments = [dice.randint(1, 7), 8, dice.randint(9, 15)]
+    print("killed at", moments)
+    for i, moment in enumerate(moments):
+        process = start(cwd, *(["--resume"] if i else ["--model", str(small), *SMALL]), "--run", "r")
+        wait_for_step(process, cwd / "runs" / "r", moment)
+        time.sleep(dice.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    process = start(cwd, "--resume", "--run", "r")
+    out, _ = process.communicate(timeout=180)
+    assert process.returncode == 0 and "Resumed after step" in out, out
+    mine = cwd / "runs" / "r"
+    assert untimed(mine / "metrics.jsonl") == untimed(whole / "metrics.jsonl")
+    assert lines(mine / "eval.jsonl") == lines(whole / "eval.jsonl")
+    assert lines(mine / "samples.jsonl") == lines(whole / "samples.jsonl")
+    weights = [(run / "model" / "model.safetensors").read_bytes() for run in (mine, whole)]
+    assert weights[0] == weights[1]
+
+
+def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(small, whole, cwd):
+    process = start(cwd, "--model", str(small), "--run", "r", *SMALL)
+    wait_for_step(process, cwd / "runs" / "r", 4)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "--run r --resume" in out and "Traceback" not in out, out
+    stopped = len(lines(cwd / "runs" / "r" / "metrics.jsonl"))
+    assert 4 <= stopped < 16
+    load(cwd / "runs" / "r" / "model")  # and there is a model to look at meanwhile
+    assert train.main(["--run", "r", "--resume"]) == 0
+    assert untimed(cwd / "runs" / "r" / "metrics.jsonl") == untimed(whole / "metrics.jsonl")
+
+
+def test_what_a_run_leaves_behind(whole):
+    """The files and keys that other tools rely on."""
+    assert {p.name for p in whole.iterdir()} == {"config.json", "metrics.jsonl", "eval.jsonl", "samples.jsonl",
+                                                 "checkpoint", "model", "curves.png"}
+    rows = lines(whole / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 17))
+    assert [row["stage"] for row in rows] == [1] * 8 + [2] * 8
+    keys = {"step", "stage", "reward", "reward_std", "length", "within_2", "within_10pct", "kl", "entropy",
+            "clip_frac", "flat_groups", "grad_norm", "logp_gap", "tokens_per_s", "seconds"}
+    assert keys <= rows[0].keys() and "rouge_l" in rows[-1]
+    assert max(row["logp_gap"] for row in rows) < 1e-4  # sampler and trainer agree at every step
+    assert rows[0]["kl"] == 0 and rows[7]["kl"] > 0 and rows[8]["kl"] == 0  # --stage-ref previous begins anew
+    evals = lines(whole / "eval.jsonl")
+    assert [(row["step"], row["stage"], row["n"]) for row in evals] == [(0, 0, 4), (8, 1, 4), (16, 2, 4)]
+    assert {"length", "within_2", "within_10pct", "rouge_l"} <= evals[0].keys()
+    assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(whole.rglob("*.part"))
+
+
+def test_every_logged_number_is_explained_in_the_readme(whole):
+    readme = (ROOT / "README.md").read_text()
+    for name in lines(whole / "metrics.jsonl")[-1].keys() | lines(whole / "eval.jsonl")[-1].keys():
+        assert f"`{name}`" in readme, name
+
+
+def test_help_explains_every_flag():
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+        train.main(["--help"])
+    flat = re.sub(r"[\s-]", "", text.getvalue())  # argparse wraps lines at spaces and hyphens
+    for f in dataclasses.fields(train.Config):
+        assert f"--{f.name.replace('_', '-')} " in text.getvalue()
+        assert len(f.metadata["help"]) > 10 and re.sub(r"[\s-]", "", f.metadata["help"]) in flat
+
+
+def refused(capsys, *args: str) -> str:
+    """Run train.py in this process; it must fail with one line on stderr, which is returned."""
+    try:
+        code = train.main(list(args))
+    except SystemExit as e:
+        code = e.code
+    err = capsys.readouterr().err
+    assert code != 0 and err.count("\n") == 1 and err.startswith("train.py: ") and "Traceback" not in err, err
+    return err
+
+
+def test_bad_arguments_are_sentences(cwd, capsys):
+    for args, says in ((["--lrr", "1"], "--lrr"), (["--group", "1"], "--group 1"), (["--group", "x"], "--group"),
+                       (["--stages", "length"], "REWARD:STEPS"), (["--stages", "lenght:3"], "length, rouge_l"),
+                       (["--temperature", "0"], "temperature"), (["--loss", "ppo"], "grpo"),
+                       (["--target", "0"], "--target"), (["--resume", "--run", "nothing"], "nothing")):
+        assert says in refused(capsys, *args)
+    assert not (cwd / "runs").exists()  # refused before anything was written
+
+
+def test_bad_models_are_sentences(small, cwd, capsys):
+    def broken(name: str, content: bytes | None) -> str:
+        shutil.rmtree("broken", ignore_errors=True)
+        shutil.copytree(small, "broken")
+        (Path("broken") / name).unlink()
+        if content is not None:
+            (Path("broken") / name).write_bytes(content)
+        return refused(capsys, "--model", "broken", *SMALL)
+
+    assert "no/where/model" in refused(capsys, "--model", "no/where/model", *SMALL)
+    assert "config.json is missing" in broken("config.json", None)
+    assert "not valid JSON" in broken("config.json", b"{")
+    assert "tokenizer.json" in broken("tokenizer.json", None)
+    weights = (small / "model.safetensors").read_bytes()
+    assert "model.safetensors is not a whole" in broken("model.safetensors", weights[:len(weights) // 2])
+
+
+def test_bad_posts_are_sentences(small, cwd, capsys):
+    good = [json.dumps({"document": f"Post number {i} about a cat.", "summary": "A cat."}) for i in range(40)]
+
+    def posts(change) -> str:
+        rows = list(good)
+        change(rows)
+        Path("posts.jsonl").write_text("\n".join(rows))
+        return refused(capsys, "--model", str(small), "--data", "posts.jsonl", *SMALL)
+
+    assert "posts.jsonl line 17" in posts(lambda r: r.__setitem__(16, r[16][:-5]))
+    assert "line 3 has no text" in posts(lambda r: r.__setitem__(2, '{"document": "  ", "summary": "x"}'))
+    long = json.dumps({"id": "the-long-one", "document": "cat " * 1100, "summary": "x"})
+    error = posts(lambda r: r.__setitem__(4, long))
+    assert "the-long-one" in error and "--max-prompt" in error
+    assert "gone.jsonl" in refused(capsys, "--model", str(small), "--data", "gone.jsonl", *SMALL)
+
+
+def test_a_post_list_of_ones_own(small, cwd):
+    """A single file: the last tenth is held out, and too long posts can be left out by name of their size."""
+    rows = [json.dumps({"post": f"Post number {i} about a cat.", "tldr": "A cat."}) for i in range(40)]
+    rows[4] = json.dumps({"post": "cat " * 1100, "tldr": "x"})
+    Path("posts.jsonl").write_text("\n".join(rows))
+    args = ["--model", str(small), "--data", "posts.jsonl", "--prompts", "2", "--group", "2", "--target", "6",
+            "--stages", "length:2", "--max-prompt", "200", "--run", "own"]
+    assert train.main(args) == 0
+    assert [row["n"] for row in lines(Path("runs/own/eval.jsonl"))] == [4, 4]
+    trained = train.load_posts("posts.jsonl")[:-4]
+    assert not {p.document for p in train.load_held_out(train.Config(data="posts.jsonl"), load_posts("posts.jsonl"))} \
+        & {p.document for p in trained}
+
+
+def test_a_run_is_never_overwritten(small, cwd, capsys):
+    args = ["--model", str(small), *SMALL, "--stages", "length:1"]
+    assert train.main([*args, "--run", "a"]) == 0
+    before = Path("runs/a/metrics.jsonl").read_bytes()
+    assert "--resume" in refused(capsys, *args, "--run", "a")
+    assert "keeps its settings" in refused(capsys, "--run", "a", "--resume", "--lr", "1")
+    assert Path("runs/a/metrics.jsonl").read_bytes() == before
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(small, cwd, capsys):
+    """A learning rate of 1e30 wrecks the weights in its first step; the second one says so and touches nothing."""
+    train.main(["--model", str(small), *SMALL, "--save-every", "1", "--run", "good", "--stages", "length:1"])
+    capsys.readouterr()
+    code = train.main(["--model", str(small), *SMALL, "--lr", "1e30", "--save-every", "100", "--run", "bad"])
+    err = capsys.readouterr().err
+    assert code == 1 and err.count("\n") == 1 and "--lr" in err and ("loss" in err or "gradient" in err), err
+    assert not Path("runs/bad/model").exists()
+
+
+def test_a_full_disk_is_a_sentence_and_loses_nothing(small, cwd, capsys):
+    """No file may grow beyond 100 kB, and the checkpoint wants to: the run ends, and goes on when there is room."""
+    args = ["--model", str(small), *SMALL, "--stages", "length:6", "--save-every", "2"]
+    assert train.main([*args, "--run", "room"]) == 0
+    capsys.readouterr()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        error = refused(capsys, *args, "--run", "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "Could not write" in error and "state.pt" in error and not list(Path("runs/full").rglob("*.part"))
+    assert train.main(["--run", "full", "--resume"]) == 0
+    assert untimed(Path("runs/full/metrics.jsonl")) == untimed(Path("runs/room/metrics.jsonl"))
+
+
+def test_batches_are_epochs():
+    """Every post once per epoch, each epoch in its own order, and a step's batch depends on nothing but the step."""
+    config = train.Config(prompts=3, seed=5)
+    posts = list(range(10))
+    seen = [p for step in range(20) for p in train.batch_of(posts, step, config)]
+    epochs = [seen[i:i + 10] for i in range(0, 60, 10)]
+    assert all(sorted(e) == posts for e in epochs) and epochs[0] != epochs[1]
+    assert train.batch_of(posts, 7, config) == seen[21:24]
+
+
+def test_the_evaluation_command_reads_runs_and_folders(small, whole, cwd, capsys):
+    """The same posts give the same numbers as in the loop's own last evaluation."""
+    assert evaluation.main([str(whole), str(small), "--split", "val", "--n", "4", "--target", "6"]) == 0
+    row = re.findall(r"[\d.]+", capsys.readouterr().out.splitlines()[1].removeprefix(str(whole)))
+    last = lines(whole / "eval.jsonl")[-1]
+    assert row[0] == "4" and float(row[1]) == pytest.approx(last["length"], abs=0.05)
+    assert float(row[5]) == pytest.approx(last["rouge_l"], abs=5e-4)
+    assert evaluation.main(["no/such/model"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_evaluation_does_not_depend_on_its_batches(small):
+    model, tokenizer = load(small)
+    posts = load_posts("tiny", "test")[:7]
+    one, many = (evaluation.evaluate(model, tokenizer, posts, evaluation.Config(target=6), batch=b) for b in (1, 7))
+    assert [r["summary"] for r in one["summaries"]] == [r["summary"] for r in many["summaries"]]
+    assert [r["id"] for r in many["summaries"]] == [p.id for p in posts]
+    assert one["length"] == sum(r["length"] for r in one["summaries"]) / 7
