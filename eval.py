@@ -2,8 +2,8 @@
 
     python eval.py tiny runs/tiny-1            # any mix of model folders and runs, one row each
 
-The training loop calls `evaluate` before, between and after its stages, so the numbers of a run and the numbers of this
-command are the same numbers.
+The training loop calls `evaluate` before, between and after its stages, on validation posts; this command takes the
+test posts, which no choice was ever made on.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from statistics import fmean, pstdev
 
 import numpy as np
 
-from model import load, write_file
+from model import load, read_json, write_file
 from rewards import rouge_l
-from rollout import TINY, Post, choose_template, load_posts, sample, tokenize
+from rollout import TINY, Group, Post, choose_template, load_posts, load_split, sample, tokenize
 
 
 @dataclass
@@ -44,10 +44,10 @@ def evaluate(model, tokenizer, posts: list[Post], config, batch: int = 64) -> di
         prompts = [tokenize(tokenizer, post, template, config.target) for post in some]
         groups = sample(model, prompts, 1, config.max_new_tokens or 2 * config.target, temperature=0.0,
                         tokenizer=tokenizer)
-        rows += [{"id": post.id, "summary": group.texts[0], "length": int(group.lengths[0]),
+        rows += [{"id": post.id, "summary": group.texts[0], "length": content_lengths(group)[0],
                   "rouge_l": rouge_l(group.texts[0], post.reference), "stopped": bool(group.stopped[0])}
                  for post, group in zip(some, groups)]
-    rows = [rows[order.index(i)] for i in range(len(posts))]  # back to the order of the posts
+    rows = [row for _, row in sorted(zip(order, rows), key=lambda pair: pair[0])]  # back to the order of the posts
     lengths = [row["length"] for row in rows]
     return {
         "n": len(rows),
@@ -58,6 +58,11 @@ def evaluate(model, tokenizer, posts: list[Post], config, batch: int = 64) -> di
         "stopped": fmean(row.pop("stopped") for row in rows),
         "summaries": rows,
     }
+
+
+def content_lengths(group: Group) -> list[int]:
+    """Tokens of each completion, as the rewards see them: a blank one has none, however many newlines it sampled."""
+    return [n if text.strip() else 0 for n, text in zip(group.lengths.tolist(), group.texts)]
 
 
 def within(lengths: list[int], target: int) -> dict[str, float]:
@@ -94,15 +99,15 @@ def draw_curves(folder: Path, target: int, stage_ends: list[int]) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     rows, evals = read_lines(folder / "metrics.jsonl"), read_lines(folder / "eval.jsonl")
 
-    def curve(ax, name, title, label=None):
+    def curve(ax, name, title):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if not points:
             return
         x, y = zip(*points)
-        ax.plot(x, y, lw=0.7, alpha=0.35, color="C0" if label is None else None)
+        ax.plot(x, y, lw=0.7, alpha=0.35, color="C0")
         k = min(9, len(y))
         smooth = np.convolve(y, np.ones(k) / k, "valid")
-        ax.plot(x[k - 1:], smooth, lw=1.8, color=ax.lines[-1].get_color(), label=label)
+        ax.plot(x[k - 1:], smooth, lw=1.8, color="C0")
         ax.set_title(title, fontsize=10)
 
     def dots(ax, name):
@@ -135,21 +140,29 @@ def main(argv: list[str] | None = None) -> int:
                                      allow_abbrev=False)
     parser.add_argument("models", nargs="+", metavar="RUN_OR_MODEL", help="a run, a model folder, or 'tiny'")
     parser.add_argument("--data", help="posts: tiny, a folder, or a .jsonl file (default: the run's own, or tiny)")
-    parser.add_argument("--split", default="test", help="which file of a folder")
+    parser.add_argument("--split", default="test", help="which file of a folder (default: test)")
     parser.add_argument("--target", type=int, help="wanted length in tokens (default: the run's own, or 32)")
     parser.add_argument("--max-new-tokens", type=int, default=0, help="where a summary is cut (0: twice the target)")
     parser.add_argument("--template", default="", help="chatml or plain (default: whatever fits the tokenizer)")
     parser.add_argument("--n", type=int, help="only the first N posts")
     parser.add_argument("--show", type=int, default=0, help="print this many summaries of each model")
     args = parser.parse_args(argv)
+    if args.n is not None and args.n < 1 or args.target is not None and args.target < 1:
+        parser.error("--n and --target must be at least 1")
     print(f"{'model':32} {'n':>5} {'length':>12} {'+-2':>6} {'+-10%':>6} {'ROUGE-L':>8} {'stopped':>8}")
     try:
         for name in args.models:
             folder, run = find_model(name)
-            config = Config(args.target or run.get("target", 32), args.max_new_tokens or run.get("max_new_tokens", 0),
+            # Another target needs another cut: a summary cut at the target would count as on target.
+            config = Config(args.target or run.get("target", Config.target),
+                            args.max_new_tokens or (0 if args.target else run.get("max_new_tokens", 0)),
                             args.template or run.get("template", ""))
             model, tokenizer = load(folder)
-            posts = load_posts(args.data or run.get("eval_data") or run.get("data", "tiny"), args.split)[:args.n]
+            data = args.data or run.get("eval_data") or run.get("data", "tiny")
+            if args.data or run.get("eval_data") or data == "tiny" or Path(data).is_dir():
+                posts = load_posts(data, args.split)[:args.n]
+            else:
+                posts = load_split(data)[1][:args.n]  # of the file that the run was trained on, the part held out
             if tokenizer is None:
                 raise ValueError(f"{folder} has no tokenizer.json, so its tokens cannot be read.")
             r = evaluate(model, tokenizer, posts, config)
@@ -173,7 +186,7 @@ def find_model(name: str) -> tuple[str | Path, dict]:
     if not (path / "model").is_dir():
         raise FileNotFoundError(f"{path} has no model yet: the run was not finished. Continue it with "
                                 f"python train.py --run {path.name} --resume.")
-    return path / "model", json.loads((path / "config.json").read_text())
+    return path / "model", read_json(path / "config.json")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@
     rho_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)                  how far the policy has moved since it sampled
     J = E[ 1/G sum_i 1/|o_i| sum_t min(rho_t A_i, clip(rho_t, 1-eps, 1+eps) A_i) - beta KL(pi || pi_ref) ]
 
-(Shao et al. 2024, DeepSeekMath, eq. 3.) Kept from the paper: all of it. What later papers changed, and each in one
-visible line of `policy_loss`: Dr. GRPO (no std, no 1/|o_i|), DAPO (asymmetric clip, all tokens weigh the same), GSPO
-(one ratio a sequence), CISPO (clip the weight, not the gradient).
+(Shao et al. 2024, DeepSeekMath, eq. 3.) Kept from the paper: the group as baseline, the ratio of tokens, the clip, the
+KL inside the loss. Changed by default: the KL term is multiplied by the ratio, which makes its gradient exact
+(`--kl k3` is the paper's). What later papers changed, each in one visible line of `policy_loss`: Dr. GRPO (no std, no
+1/|o_i|), DAPO (asymmetric clip, all tokens weigh the same), GSPO (one ratio a sequence), CISPO (clip the weight, not
+the gradient).
 
 Shapes: B prompts, G completions a prompt, T completion tokens (padded on the right), P prompt tokens, D hidden size;
 b of the B prompts and g of the G completions are in one micro-batch.
@@ -99,8 +101,9 @@ def policy_loss(logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, 
         bnpo, dapo, cispo:  sum over all tokens / number of tokens in the batch
         dr_grpo:            sum over all tokens / (completions x max_length)
 
-    KL_t estimates KL(pi || ref) from the sampled token, with x = ref_logp - logp (Schulman 2020). As a *number* all
-    are fine; as a *loss* their gradients differ, because the sampling distribution is differentiated by nobody:
+    KL_t estimates KL(pi || ref) from the sampled token, with x = ref_logp - logp (Schulman 2020). As a *number* k1 and
+    k3 are unbiased, k3 with less noise, and k2 is close while the policies are. As a *loss* they differ, because
+    autograd sees the log-probabilities but not that the tokens were drawn from them:
         k1 = -x                 its expected gradient is zero: it does nothing
         k2 = x^2 / 2            the exact gradient of KL(pi || ref)
         k3 = e^x - x - 1        the gradient of KL(ref || pi), the other KL (the paper and most code use this one)
@@ -116,7 +119,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, 
         raise ValueError(f"beta is {beta}, but there are no reference log-probabilities: pass ref_logp, or beta=0.")
     T = logp.shape[-1]
     n_completions = n_completions or logp.shape[0] * logp.shape[1]
-    n_tokens = n_tokens or int(mask.sum())
+    n_tokens = max(1, n_tokens or int(mask.sum()))
     # Padding may hold anything, even NaN: it is put to 0 here, before any exp sees it.
     logp = torch.where(mask, logp, 0.0)  # [B, G, T]
     old_logp = logp.detach() if old_logp is None else torch.where(mask, old_logp, 0.0)  # [B, G, T]
@@ -135,7 +138,8 @@ def policy_loss(logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, 
     def token_mean(x):
         return (x.detach().expand_as(mask) * mask).sum() / mask.sum().clamp(min=1)
 
-    cut = (ratio > 1 + clip_high) & ((A > 0) | (kind == "cispo")) | (ratio < 1 - clip_low) & (A < 0) & (kind != "cispo")
+    high, low = ratio > 1 + clip_high, ratio < 1 - clip_low  # [B, G, T] or [B, G, 1]
+    cut = high if kind == "cispo" else high & (A > 0) | low & (A < 0)
     metrics = {"clip_frac": token_mean(cut.float()), "ratio": token_mean(ratio)}
     if ref_logp is not None:
         x = torch.where(mask, ref_logp, 0.0) - logp  # [B, G, T]
@@ -229,8 +233,8 @@ def update(model: Transformer, reference: Transformer | None, groups: Sequence, 
 
     The metrics: loss, kl (k3, nats a token), entropy (nats a token), clip_frac, ratio, grad_norm, flat_groups (share
     of groups whose rewards are all equal), logp_gap (largest difference between the sampler's log-probabilities and
-    ours). Without a reference (None) there is no KL, whatever `config.beta` says. Raises FloatingPointError before a
-    loss or gradient that is not finite can reach the weights.
+    ours); with several updates, those of the last one. Without a reference (None) there is no KL, whatever
+    `config.beta` says. Raises FloatingPointError when the loss, the gradient or a weight is not finite any more.
     """
     A = advantages(torch.stack([g.rewards for g in groups]), config.advantage)  # [B, G]
     flat = (A == 0).all(1)  # [B]
@@ -259,8 +263,7 @@ def update(model: Transformer, reference: Transformer | None, groups: Sequence, 
                                          config.clip_low, config.clip_high, beta, config.kl,
                                          max_length, n_completions, n_tokens)
             if not loss.isfinite():
-                raise FloatingPointError(f"The loss is {loss.item()}: a log-probability or the KL overflowed. "
-                                         f"The last checkpoint is good; lower --lr or raise --beta.")
+                raise FloatingPointError(f"The loss is {loss.item()}: a log-probability or the KL overflowed")
             if learns:
                 loss.backward()
             if config.updates > 1 and epoch == 0:
@@ -275,7 +278,8 @@ def update(model: Transformer, reference: Transformer | None, groups: Sequence, 
             break
         metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip).item()
         if not metrics["grad_norm"] < float("inf"):
-            raise FloatingPointError(f"The gradient's norm is {metrics['grad_norm']}: the weights were not touched. "
-                                     f"The last checkpoint is good; lower --lr.")
+            raise FloatingPointError(f"The gradient's norm is {metrics['grad_norm']}")
         optimizer.step()
+        if not all(bool(p.isfinite().all()) for p in parameters):
+            raise FloatingPointError("A weight is not finite after the optimizer's step")
     return metrics

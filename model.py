@@ -60,32 +60,39 @@ def read_config(raw: dict, where: str, generation: dict | None = None) -> Config
     A family or feature that this file does not compute is refused here: a model that loads but computes something
     slightly different would train, and teach nothing.
     """
-    def need(key):
-        if key not in raw:
-            raise ValueError(f"{where} has no '{key}': is it the config of a causal language model?")
-        return raw[key]
+    def size(key, default=None):
+        n = default if raw.get(key) is None else raw[key]
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"{where}: '{key}' should be a whole number above 0, not {n!r}. Is it the config of a "
+                             f"causal language model?")
+        return n
 
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"{where} says model_type '{family}': crisp knows {', '.join(FAMILIES)}.")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # new spelling, old spelling
+    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    for refused, says in ((rope_type != "default", f"rope type '{rope_type}'"),
-                          (raw.get("use_sliding_window"), "sliding-window attention"),
-                          (raw.get("hidden_act", "silu") != "silu", f"activation '{raw.get('hidden_act')}'")):
-        if refused:
-            raise ValueError(f"{where} asks for {says}, which crisp does not compute.")
-    heads = need("num_attention_heads")
-    bias = bool(raw.get("attention_bias", False))
+    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    heads, D = size("num_attention_heads"), size("hidden_size")
+    kv_heads, head_dim = size("num_key_value_heads", heads), size("head_dim", D // heads)
     eos = [(source or {}).get("eos_token_id") for source in (raw, generation)]
     eos = [i for ids in eos if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
+    for refused, says in ((rope_type != "default", f"rope type '{rope_type}'"),
+                          (not isinstance(theta, int | float), f"a rope_theta of {theta!r}"),
+                          (raw.get("use_sliding_window"), "sliding-window attention"),
+                          (raw.get("hidden_act", "silu") != "silu", f"activation '{raw.get('hidden_act')}'"),
+                          (heads % kv_heads, f"{heads} query heads on {kv_heads} key/value heads"),
+                          (head_dim % 2, f"rotary embedding of an odd head_dim, {head_dim}"),
+                          (not all(isinstance(i, int) for i in eos), f"the stop tokens {eos}")):
+        if refused:
+            raise ValueError(f"{where} asks for {says}, which crisp does not compute.")
+    bias = bool(raw.get("attention_bias", False))
     return Config(
-        model_type=family, vocab_size=need("vocab_size"), hidden_size=need("hidden_size"),
-        intermediate_size=need("intermediate_size"), num_hidden_layers=need("num_hidden_layers"),
-        num_attention_heads=heads, num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads, rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
+        model_type=family, vocab_size=size("vocab_size"), hidden_size=D, intermediate_size=size("intermediate_size"),
+        num_hidden_layers=size("num_hidden_layers"), num_attention_heads=heads, num_key_value_heads=kv_heads,
+        head_dim=head_dim, rms_norm_eps=raw.get("rms_norm_eps", 1e-6), rope_theta=float(theta),
+        max_position_embeddings=size("max_position_embeddings", 2048),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2" or bias, o_bias=family != "qwen2" and bias,
         mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)), qk_norm=family == "qwen3",
@@ -336,36 +343,39 @@ class _TokenLogprobs(torch.autograd.Function):
     """log p(target) for each position, a chunk of positions at a time, and again in backward.
 
     With z = h W^T / temperature and p = softmax(z): d logp / dz = onehot(target) - p, so backward needs p, which is as
-    large as z. Recomputing it costs one more product with W and saves [positions, V] floats: 3.7 GB for 16 completions
-    of 64 tokens and forward and gradient copies of Qwen's 151,936 words.
+    large as z. Recomputing it costs one more product with W; keeping it would cost 0.6 GB for 16 completions of 64
+    tokens and Qwen's 151,936 words, and plain autograd keeps several such tensors.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
-        logp, entropy = [], []
+        logp, entropy, norm = [], [], []
         for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-            log_p = _TokenLogprobs.log_softmax(h, weight, temperature)  # [chunk, V]
+            z = _TokenLogprobs.logits(h, weight, temperature)  # [chunk, V]
+            log_p = z.log_softmax(-1)  # [chunk, V]
             logp.append(log_p.gather(-1, t[:, None]).squeeze(-1))  # [chunk]
-            entropy.append(-(log_p.exp() * log_p).sum(-1))  # [chunk]
-        ctx.save_for_backward(hidden, weight, targets)
+            norm.append(z.gather(-1, t[:, None]).squeeze(-1) - logp[-1])  # [chunk] log of the sum of exp(z)
+            entropy.append(-log_p.exp().mul_(log_p).sum(-1))  # [chunk]
+        logp, entropy, norm = torch.cat(logp), torch.cat(entropy), torch.cat(norm)  # [M] each
+        ctx.save_for_backward(hidden, weight, targets, norm)
         ctx.temperature, ctx.chunk = temperature, chunk
-        logp, entropy = torch.cat(logp), torch.cat(entropy)  # [M], [M]
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
     @staticmethod
-    def log_softmax(h, weight, temperature):
-        """[chunk, D] x [V, D] -> log-probabilities [chunk, V] in float32 (float64 stays)."""
-        return ((h @ weight.T).to(torch.promote_types(h.dtype, torch.float32)) / temperature).log_softmax(-1)
+    def logits(h, weight, temperature):
+        """[chunk, D] x [V, D] -> [chunk, V] in float32 (float64 stays)."""
+        z = (h @ weight.T).to(torch.promote_types(h.dtype, torch.float32))
+        return z if temperature == 1 else z.div_(temperature)
 
     @staticmethod
     def backward(ctx, g_logp, _):
-        hidden, weight, targets = ctx.saved_tensors
+        hidden, weight, targets, norm = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)  # [M, D]
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # [V, D]
         for i in range(0, len(hidden), ctx.chunk):
             at = slice(i, i + ctx.chunk)
-            p = _TokenLogprobs.log_softmax(hidden[at], weight, ctx.temperature).exp()  # [chunk, V]
+            p = _TokenLogprobs.logits(hidden[at], weight, ctx.temperature).sub_(norm[at, None]).exp_()  # [chunk, V]
             g = g_logp[at, None] / ctx.temperature  # [chunk, 1]
             dz = p.mul_(-g).scatter_add_(-1, targets[at, None], g).to(weight.dtype)  # [chunk, V]
             d_hidden[at] = dz @ weight
@@ -407,6 +417,10 @@ def load(name_or_path: str | Path, device: str | None = None, dtype: torch.dtype
     with torch.device("meta"):  # shapes only: no time spent on random numbers that the file replaces
         model = Transformer(config)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"There is no device '{device}' here: take cpu, cuda or mps.") from e
     state = read_weights(folder, model, device, dtype or torch.float32)
     model.load_state_dict(state, assign=True)
     model.raw_config = raw
@@ -425,6 +439,8 @@ def load(name_or_path: str | Path, device: str | None = None, dtype: torch.dtype
 def find_folder(name_or_path: str | Path) -> Path:
     """The folder itself, or the local copy of a hub repository `owner/name`."""
     path = Path(name_or_path).expanduser()
+    if (path / "checkpoint").is_dir() and (path / "model").is_dir():
+        return path / "model"  # a run of train.py
     if path.is_dir():
         return path
     name = str(name_or_path)
@@ -446,7 +462,7 @@ def read_json(path: Path) -> dict:
         raise FileNotFoundError(f"{path} is missing: a model folder needs config.json and *.safetensors.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not valid JSON ({e}): copy or download it again.") from e
     if not isinstance(value, dict):  # a broken file, not a wrong type in the program
         raise ValueError(f"{path} holds a {type(value).__name__} where an object was expected.")
@@ -524,11 +540,12 @@ def write_files(files: dict[Path, Callable[[Path], object]]) -> None:
             files[path](part)
             with open(part, "rb+") as f:
                 os.fsync(f.fileno())  # or a power cut could leave a renamed, empty file
+            part.chmod(0o644)  # safetensors lets nobody else read what it writes
         for path, part in parts.items():
             os.replace(part, path)
     except (OSError, RuntimeError, SafetensorError) as e:  # torch.save says RuntimeError when the disk is full
         for part in parts.values():
             if part.exists():
                 part.unlink()
-        raise OSError(f"Could not write {path} ({str(e).splitlines()[0]}): what was saved before is untouched. "
-                      f"Free some space and try again.") from e
+        raise OSError(f"Could not write {path} ({(str(e) or type(e).__name__).splitlines()[0]}): what was saved before "
+                      f"is untouched. Free some space and try again.") from e

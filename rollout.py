@@ -61,7 +61,7 @@ def load_posts(source: str | Path, split: str = "train", document: str | None = 
                                 f"or a .jsonl or .jsonl.gz file.")
     posts = []
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     posts.append(_post(line, f"{path} line {number}", number, document, reference))
@@ -72,10 +72,25 @@ def load_posts(source: str | Path, split: str = "train", document: str | None = 
     return posts
 
 
+def load_split(data: str, eval_data: str = "") -> tuple[list[Post], list[Post]]:
+    """Posts to train on, and posts held out: `eval_data`, the folder's val or test file, or the file's last tenth."""
+    posts = load_posts(data, "train")
+    if eval_data:
+        return posts, load_posts(eval_data, "test")
+    if data == "tiny" or Path(data).expanduser().is_dir():
+        try:
+            return posts, load_posts(data, "val")
+        except FileNotFoundError:
+            return posts, load_posts(data, "test")
+    if len(posts) < 10:
+        raise ValueError(f"{data} has only {len(posts)} posts, too few to hold some out: give --eval-data.")
+    return posts[:-(len(posts) // 10)], posts[-(len(posts) // 10):]
+
+
 def _post(line: str, where: str, number: int, document: str | None, reference: str | None) -> Post:
     try:
         row = json.loads(line)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{where} is not valid JSON ({e}): mend or delete that line.") from e
     if not isinstance(row, dict):
         raise ValueError(f"{where} is not a JSON object: write {{\"document\": ..., \"summary\": ...}}.")
@@ -119,9 +134,7 @@ def render(post: Post, template: str, target: int) -> str:
     >>> render(Post("I lost a shoe.", "", "1"), "plain", 8)
     'Post:\\nI lost a shoe.\\n\\nSummary in about 8 tokens:\\n'
     """
-    if template not in TEMPLATES:
-        raise ValueError(f"There is no prompt template '{template}': take one of {', '.join(TEMPLATES)}.")
-    return TEMPLATES[template].replace("{target}", str(target)).replace("{document}", post.document)
+    return _fill(_template(template), post, target)
 
 
 def tokenize(tokenizer: Tokenizer, post: Post, template: str, target: int) -> list[int]:
@@ -130,22 +143,31 @@ def tokenize(tokenizer: Tokenizer, post: Post, template: str, target: int) -> li
     Only the template's own marks become control tokens. A post that spells `<|im_end|>` is a post about chat
     templates, not the end of the user's turn, so its text is encoded as text.
     """
-    render(post, template, target)  # refuses an unknown template
+    pieces = _MARKS.split(_template(template))
     ids = tokenizer.encode("").ids
     as_text, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, True
     try:
-        for piece in _MARKS.split(TEMPLATES[template]):
+        for piece in pieces:
             if _MARKS.fullmatch(piece):
                 mark = tokenizer.token_to_id(piece)
                 if mark is None:
                     raise ValueError(f"The tokenizer has no {piece}: take --template plain for this model.")
                 ids.append(mark)
             elif piece:
-                text = piece.replace("{target}", str(target)).replace("{document}", post.document)
-                ids += tokenizer.encode(text, add_special_tokens=False).ids
+                ids += tokenizer.encode(_fill(piece, post, target), add_special_tokens=False).ids
     finally:
         tokenizer.encode_special_tokens = as_text
     return ids
+
+
+def _template(name: str) -> str:
+    if name not in TEMPLATES:
+        raise ValueError(f"There is no prompt template '{name}': take one of {', '.join(TEMPLATES)}.")
+    return TEMPLATES[name]
+
+
+def _fill(text: str, post: Post, target: int) -> str:
+    return text.replace("{target}", str(target)).replace("{document}", post.document)  # last: it may spell {target}
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -179,8 +201,8 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
     that much probability; `logp` is under the distribution that was really sampled, so anything but top_p=1, top_k=0
     will not agree with `token_logprobs`. `stop_ids` None: the model's own end tokens. Texts need the tokenizer.
 
-    The random numbers of a completion depend on the seed, its prompt's tokens and its place in the group, and on
-    nothing else: the same seed gives the same tokens whatever else is in the batch.
+    The random numbers of a completion depend on the seed, its prompt's tokens and its place in the group: the same seed
+    gives the same tokens whatever else is in the batch (a prompt given twice in one call gets two different groups).
     """
     if not (G >= 1 and max_new_tokens >= 1 and temperature >= 0 and 0 < top_p <= 1 and top_k >= 0):  # NaN included
         raise ValueError(f"sample needs G and max_new_tokens of at least 1, temperature at least 0, top_p in (0, 1], "
@@ -198,7 +220,10 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
                          f"context of {model.config.max_position_embeddings}: shorten the post or the completion.")
     B, device = len(prompts), model.embed_tokens.weight.device
     stop = torch.tensor(sorted(model.config.eos_token_ids if stop_ids is None else stop_ids), device=device)
-    noise = torch.from_numpy(_noise(prompts, G, max_new_tokens, seed)).to(device)  # [N, max_new_tokens]
+    noise = torch.from_numpy(_noise(prompts, G, max_new_tokens, seed))  # [N, max_new_tokens] float64
+    if device.type == "mps":  # has no float64, and rounding to float32 may reach 1
+        noise = noise.float().clamp(max=1 - 1e-6)
+    noise = noise.to(device)
     padded, mask = pad(prompts)  # [B, P], [B, P]
     padded, mask = padded.to(device), mask.to(device)
     equal = bool(mask.all())  # then nobody needs a mask
@@ -270,8 +295,8 @@ def draw(logits: Tensor, noise: Tensor, temperature: float, top_k: int, top_p: f
         outside = p.cumsum(-1) - p >= top_p  # the mass before a token already suffices; the first one always stays
         logits = logits.masked_fill(outside.scatter(-1, where, outside), -torch.inf)
     log_p = logits.log_softmax(-1)  # [N, V]
-    # float64: a float32 running sum over 150,000 words loses the rare ones
-    cdf = log_p.exp().cumsum(-1, dtype=torch.float64)  # [N, V]
+    # float64 (noise has it, except on Apple's GPU): a float32 running sum over 150,000 words loses the rare ones
+    cdf = log_p.exp().cumsum(-1, dtype=noise.dtype)  # [N, V]
     token = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[-1] - 1)  # [N, 1]
     return token.squeeze(-1), log_p.gather(-1, token).squeeze(-1)
 

@@ -13,6 +13,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import math
 import signal
 import sys
 import time
@@ -25,15 +26,15 @@ import torch
 
 import grpo
 import rewards
-from eval import describe, draw_curves, evaluate, read_lines, within
+from eval import content_lengths, describe, draw_curves, evaluate, read_lines, within
 from grpo import flag
-from model import load, save, write_file
-from rollout import TINY, choose_template, load_posts, sample, tokenize
+from model import load, read_json, save, write_file
+from rollout import TINY, choose_template, load_split, sample, tokenize
 
 
 @dataclass
 class Config(grpo.Config):
-    """Every field is a flag of the same name."""
+    """Every field is a flag of the same name; the defaults are those of the embedded model."""
 
     model: str = flag("tiny", "a Hugging Face folder, a hub name, or tiny")
     data: str = flag("tiny", "posts to train on: tiny, a folder with train.jsonl, or a .jsonl or .jsonl.gz file")
@@ -49,7 +50,7 @@ class Config(grpo.Config):
     max_prompt: int = flag(0, "leave out posts whose prompt has more tokens than this; 0: refuse what does not fit")
     lr: float = flag(5e-4, "learning rate (about 2e-6 for a model of 0.5B)")
     warmup: int = flag(5, "steps over which the learning rate rises from 0")
-    weight_decay: float = flag(0.0, "of AdamW")
+    weight_decay: float = flag(0.0, "how strongly AdamW pulls the weights to zero")
     seed: int = flag(0, "decides everything: order of posts, completions, and so the weights")
     eval_posts: int = flag(200, "held-out posts per evaluation")
     save_every: int = flag(20, "steps between checkpoints")
@@ -87,7 +88,7 @@ def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:
     """The algorithm box of the paper: sample groups, score them, update, and say what happened."""
     begun = time.time()
     stages = parse_stages(config.stages)
-    model, tokenizer, posts, held_out = prepare(config)
+    model, tokenizer, posts, held_out = prepare(config, stages)
     reference = copy.deepcopy(model).requires_grad_(False) if config.beta > 0 else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), eps=1e-8,
                                   weight_decay=config.weight_decay, fused=True)
@@ -110,68 +111,57 @@ def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:
             groups = sample(model, [prompt for _, prompt in batch], config.group, config.max_new_tokens,
                             config.temperature, seed=config.seed * 1_000_003 + step, tokenizer=tokenizer)
             line = score(groups, [post for post, _ in batch], stage.reward, config.target)
-            line |= grpo.update(model, reference, groups, optimizer, config)
+            try:
+                line |= grpo.update(model, reference, groups, optimizer, config)
+            except FloatingPointError as e:
+                step = load_checkpoint(folder, model, optimizer)
+                save(model, tokenizer, folder / "model")
+                raise FloatingPointError(f"{e} in step {log.last + 1}. The weights of step {step}, which are good, are "
+                                         f"in {folder / 'model'}: go on from them with --model {folder / 'model'} and "
+                                         f"a lower --lr.") from e
             step += 1
             log.step(step, stage, line, time.time() - clock)
             if stop.asked or step % config.save_every == 0 or step == stage.end:
                 save_checkpoint(folder, model, optimizer, step)
             if stop.asked:
                 save(model, tokenizer, folder / "model")
-                log.say(f"Stopped after step {step}. Go on with: python train.py --run {folder.name} --resume")
+                log.say(f"Stopped after step {step}. Go on with: python train.py --run {config.run} --resume")
                 return
     log.evaluation(step, len(stages), model, tokenizer, held_out)
     save(model, tokenizer, folder / "model")
     log.finish(time.time() - begun)
 
 
-def prepare(config: Config):
-    """Model, tokenizer, training posts with their prompts' tokens, and held-out posts."""
+def prepare(config: Config, stages: list[Stage]):
+    """Model, tokenizer, training posts as (post, prompt tokens) pairs, and held-out posts."""
     model, tokenizer = load(TINY if config.model == "tiny" else config.model, config.device or None,
                             getattr(torch, config.dtype))
     if tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer.json: copy it there from the model it was made of.")
     model.checkpointing = config.checkpointing
-    template = config.template or choose_template(tokenizer)
-    posts = load_posts(config.data, "train")
-    held_out = load_held_out(config, posts)
-    if not config.eval_data and not is_folder(config.data):
-        posts = posts[:-len(held_out)]
     room = model.config.max_position_embeddings - config.max_new_tokens
-    prompts = [tokenize(tokenizer, post, template, config.target) for post in posts]
-    if config.max_prompt:
-        keep = [i for i, prompt in enumerate(prompts) if len(prompt) <= config.max_prompt]
-        posts, prompts = [posts[i] for i in keep], [prompts[i] for i in keep]
-        held_out = [p for p in held_out if len(tokenize(tokenizer, p, template, config.target)) <= config.max_prompt]
-        if not posts or not held_out:
-            raise ValueError(f"--max-prompt {config.max_prompt} leaves out every post: raise it.")
-    for post, prompt in zip([*posts, *held_out], prompts + [tokenize(tokenizer, p, template, config.target)
-                                                            for p in held_out]):
-        if len(prompt) > room:
-            raise ValueError(f"Post {post.id} of {config.data} has a prompt of {len(prompt)} tokens; with "
-                             f"{config.max_new_tokens} new ones it does not fit into the model's context of "
-                             f"{model.config.max_position_embeddings}. Leave such posts out with --max-prompt {room}.")
-    if len(posts) < config.prompts:
-        raise ValueError(f"{config.data} has {len(posts)} posts to train on, a batch needs {config.prompts}: "
-                         f"lower --prompts.")
-    return model, tokenizer, list(zip(posts, prompts)), held_out[:config.eval_posts]
-
-
-def is_folder(source: str) -> bool:
-    return source == "tiny" or Path(source).expanduser().is_dir()
-
-
-def load_held_out(config: Config, posts: list) -> list:
-    """Posts that are never trained on."""
-    if config.eval_data:
-        return load_posts(config.eval_data, "test")
-    if not is_folder(config.data):
-        if len(posts) < 10:
-            raise ValueError(f"{config.data} has only {len(posts)} posts, too few to hold some out: give --eval-data.")
-        return posts[-(len(posts) // 10):]
-    try:
-        return load_posts(config.data, "val")
-    except FileNotFoundError:
-        return load_posts(config.data, "test")
+    if room < 1:
+        raise ValueError(f"{config.max_new_tokens} new tokens leave no room for a prompt in the model's context of "
+                         f"{model.config.max_position_embeddings}: lower --target or --max-new-tokens.")
+    template = config.template or choose_template(tokenizer)
+    pairs = []
+    for posts in load_split(config.data, config.eval_data):
+        prompts = [tokenize(tokenizer, post, template, config.target) for post in posts]
+        pairs.append([(post, prompt) for post, prompt in zip(posts, prompts)
+                      if not config.max_prompt or len(prompt) <= config.max_prompt])
+        for post, prompt in pairs[-1]:
+            if len(prompt) > room:
+                raise ValueError(f"Post {post.id} has a prompt of {len(prompt)} tokens; with {config.max_new_tokens} "
+                                 f"new ones it does not fit into the model's context of "
+                                 f"{model.config.max_position_embeddings}. Leave such posts out: --max-prompt {room}.")
+    train_pairs, held_out = pairs[0], [post for post, _ in pairs[1]]
+    if len(train_pairs) < config.prompts or not held_out:
+        raise ValueError(f"{len(train_pairs)} posts to train on and {len(held_out)} held out are too few for batches "
+                         f"of {config.prompts}: give more posts, lower --prompts or raise --max-prompt.")
+    if any("rouge_l" in s.reward.names for s in stages) and not any(post.reference for post, _ in train_pairs):
+        raise ValueError(f"{config.data} has no summaries for rouge_l to compare with: call their field 'summary', or "
+                         f"train with --stages length:N.")
+    return model, tokenizer, train_pairs, held_out[:config.eval_posts]
 
 
 def batch_of(posts: list, step: int, config: Config) -> list:
@@ -188,7 +178,7 @@ def score(groups: list, posts: list, reward: rewards.Reward, target: int) -> dic
     """Fill in each group's rewards; return the batch's means of them and of the lengths."""
     totals, parts, lengths = [], {name: [] for name in reward.names}, []
     for group, post in zip(groups, posts):
-        n = group.lengths.tolist()
+        n = content_lengths(group)
         total, part = reward(group.texts, n, post.reference, target, post.document)
         group.rewards = torch.tensor(total)  # [G]
         totals.append(total)
@@ -196,8 +186,8 @@ def score(groups: list, posts: list, reward: rewards.Reward, target: int) -> dic
         for name in part:
             parts[name] += part[name]
     return {"reward": fmean(r for total in totals for r in total),
-            "reward_std": fmean(float(np.std(total)) for total in totals),
-            **{name: fmean(values) for name, values in parts.items()},
+            "reward_std": fmean(float(np.std(total, ddof=1)) for total in totals),
+            **{"length_penalty" if name == "length" else name: fmean(values) for name, values in parts.items()},
             "length": fmean(lengths), **within(lengths, target), "n_tokens": sum(int(g.mask.sum()) for g in groups)}
 
 
@@ -223,9 +213,13 @@ def load_checkpoint(folder: Path, model, optimizer) -> int:
     if not path.exists():
         return 0
     state = read_state(path, model.embed_tokens.weight.device)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+    except (RuntimeError, KeyError, ValueError) as e:
+        raise ValueError(f"{path} does not belong to the model that config.json names: put that one back, or start "
+                         f"another run.") from e
 
 
 def stage_reference(path: Path, model, begins: bool):
@@ -241,6 +235,13 @@ def stage_reference(path: Path, model, begins: bool):
 # --- what a person sees -----------------------------------------------------------------------------------------------
 
 
+# The progress line: key of metrics.jsonl, title, width, format.
+COLUMNS = (("reward", "reward", 7, "{:.3f}"), ("length", "length", 6, "{:.1f}"), ("within_2", "±2", 5, "{:.0%}"),
+           ("within_10pct", "±10%", 5, "{:.0%}"), ("kl", "kl", 6, "{:.3f}"), ("entropy", "entropy", 7, "{:.2f}"),
+           ("clip_frac", "clip", 5, "{:.0%}"), ("flat_groups", "flat", 5, "{:.0%}"), ("grad_norm", "grad", 5, "{:.2f}"),
+           ("logp_gap", "gap", 6, "{:.0e}"), ("tokens_per_s", "tok/s", 6, "{:.0f}"))
+
+
 class Log:
     """The run's files and the lines on the screen."""
 
@@ -249,12 +250,18 @@ class Log:
         self.recent: list[dict] = []
         self.shown = 0
         self.began, self.first = time.time(), step
-        # What was logged after the checkpoint is about to happen again.
-        for name in ("metrics", "eval", "samples"):
-            path = folder / f"{name}.jsonl"
-            kept = [row for row in read_lines(path) if row["step"] <= step]
-            write_file(path, lambda part, kept=kept: part.write_text("".join(json.dumps(r) + "\n" for r in kept)))
-        self.evaluated = {(row["step"], row["stage"]) for row in read_lines(folder / "eval.jsonl")}
+        self.last = step
+        if not (folder / "config.json").exists():
+            text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+            write_file(folder / "config.json", lambda part: part.write_text(text))
+        # What was logged after the checkpoint is about to happen again, and so is an evaluation that was not finished.
+        kept = {name: [row for row in read_lines(folder / f"{name}.jsonl") if row["step"] <= step]
+                for name in ("metrics", "eval", "samples")}
+        self.evaluated = {(row["step"], row["stage"]) for row in kept["eval"]}
+        kept["samples"] = [row for row in kept["samples"] if (row["step"], row["stage"]) in self.evaluated]
+        for name, rows in kept.items():
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            write_file(folder / f"{name}.jsonl", lambda part, text=text: part.write_text(text))
 
     def say(self, text: str) -> None:
         print(text, flush=True)
@@ -290,29 +297,25 @@ class Log:
         self.shown = 0
 
     def step(self, step: int, stage: Stage, line: dict, seconds: float) -> None:
+        """One line in metrics.jsonl for every step; one on the screen for every few, their mean."""
         row = {"step": step, "stage": stage.number, **line, "kl": line.get("kl"),
                "tokens_per_s": line["n_tokens"] / seconds, "seconds": seconds}
         del row["n_tokens"]
         self.append("metrics", row)
         self.recent.append(row)
+        self.last = step
         if step % self.config.print_every and step != stage.end and step != self.first + 1:
             return
-        columns = {"step": (5, "{:d}"), "reward": (7, "{:.3f}"), **{n: (max(7, len(n)), "{:.3f}")
-                   for n in stage.reward.names if len(stage.reward.names) > 1 and n != "length"},
-                   "length": (6, "{:.1f}"), "within_2": (5, "{:.0%}"), "within_10pct": (5, "{:.0%}"),
-                   "kl": (6, "{:.3f}"), "entropy": (7, "{:.2f}"), "clip_frac": (5, "{:.0%}"),
-                   "flat_groups": (5, "{:.0%}"), "grad_norm": (5, "{:.2f}"), "logp_gap": (7, "{:.0e}"),
-                   "tokens_per_s": (6, "{:.0f}")}
-        short = {"within_2": "±2", "within_10pct": "±10%", "clip_frac": "clip", "flat_groups": "flat",
-                 "grad_norm": "grad", "logp_gap": "gap", "tokens_per_s": "tok/s"}
+        parts = [n for n in stage.reward.names if n != "length"]
+        columns = [COLUMNS[0], *((n, n, max(7, len(n)), "{:.3f}") for n in parts), *COLUMNS[1:]]
         if self.shown % 20 == 0:
-            head = "".join(f"{short.get(name, name):>{w + 1}}" for name, (w, _) in columns.items())
-            self.say(f"\nstage {stage.number}: {stage.reward.expression}\n{head}   left")
+            head = "".join(f"{title:>{w + 1}}" for _, title, w, _ in columns)
+            self.say(f"\nstage {stage.number}: {stage.reward.expression}\n  step{head}   left")
         self.shown += 1
-        text = ""
-        for name, (w, form) in columns.items():
-            values = [r[name] for r in self.recent if r[name] is not None]
-            value = step if name == "step" else max(values) if name == "logp_gap" else fmean(values) if values else None
+        text = f"{step:6d}"
+        for name, _, w, form in columns:
+            values = [row[name] for row in self.recent if row[name] is not None]
+            value = (max if name == "logp_gap" else fmean)(values) if values else None
             text += f"{'-' if value is None else form.format(value):>{w + 1}}"
         left = (time.time() - self.began) / (step - self.first) * (self.total - step)
         self.say(f"{text}  {int(left // 60):2d}:{int(left % 60):02d}")
@@ -344,7 +347,10 @@ class Parser(argparse.ArgumentParser):
 
 def read_arguments(argv: list[str] | None) -> tuple[Config, bool, dict]:
     """argv -> (config, resume, the flags that were really given)."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, usage="python train.py [--FLAG VALUE ...]", allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    of_update = {f.name for f in fields(grpo.Config)}
+    groups = {False: parser.add_argument_group("the run"), True: parser.add_argument_group("the update (grpo.py)")}
     for f in fields(Config):
         default = " ".join(f'"{x}"' for x in f.default) if isinstance(f.default, tuple) else f.default
         default = "empty" if default == "" else default
@@ -355,7 +361,7 @@ def read_arguments(argv: list[str] | None) -> tuple[Config, bool, dict]:
             more |= {"type": str if isinstance(f.default, tuple) else type(f.default),
                      "choices": f.metadata.get("choices"), "nargs": "+" if isinstance(f.default, tuple) else None,
                      "metavar": None if "choices" in f.metadata else f.name.upper()}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **more)
+        groups[f.name in of_update].add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **more)
     parser.add_argument("--resume", action="store_true", help="go on with the run named by --run (or the latest one)")
     given = vars(parser.parse_args(argv))
     resume = given.pop("resume")
@@ -367,11 +373,16 @@ def read_arguments(argv: list[str] | None) -> tuple[Config, bool, dict]:
 def check(c: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
     for wrong, says in (
-        (c.group < 2, f"--group {c.group}: GRPO compares completions of one post with each other, so it needs 2"),
-        (c.temperature <= 0, f"--temperature {c.temperature}: sampling needs a temperature above 0"),
-        (not 0 < c.clip_low < 1 or c.clip_high <= 0, "--clip-low must lie in (0, 1) and --clip-high above 0"),
-        (c.beta < 0 or c.lr <= 0 or c.grad_clip <= 0, "--lr and --grad-clip must be above 0, --beta at least 0"),
-        (c.seed < 0 or c.warmup < 0 or c.weight_decay < 0, "--seed, --warmup and --weight-decay cannot be negative"),
+        (c.group < 2, f"--group {c.group}: GRPO compares completions of one post with each other, so it needs "
+                      f"at least 2"),
+        (not 0 < c.temperature < math.inf, f"--temperature {c.temperature}: sampling needs a temperature above 0"),
+        (not 0 < c.clip_low < 1 or not c.clip_high > 0, "--clip-low must lie in (0, 1) and --clip-high above 0"),
+        (not (0 < c.lr < math.inf and c.grad_clip > 0 and 0 <= c.beta < math.inf),
+         "--lr and --grad-clip must be above 0, --beta at least 0"),
+        (c.seed < 0 or c.warmup < 0 or not c.weight_decay >= 0,
+         "--seed, --warmup and --weight-decay cannot be negative"),
+        (0 < c.max_new_tokens <= 1.1 * c.target, f"--max-new-tokens {c.max_new_tokens} would cut summaries at the "
+                                                 f"target of {c.target} and count them as hits: leave room to miss"),
         (c.max_new_tokens < 0 or c.max_prompt < 0, "--max-new-tokens and --max-prompt cannot be negative"),
         *((getattr(c, n) < 1, f"--{n.replace('_', '-')} must be at least 1") for n in (
             "target", "prompts", "updates", "micro_tokens", "eval_posts", "save_every", "print_every")),
@@ -389,8 +400,8 @@ def open_run(config: Config, resume: bool, given: dict) -> tuple[Config, Path]:
         if not (folder / "config.json").exists():
             raise FileNotFoundError(f"There is no run {folder} to resume; there are: "
                                     f"{', '.join(p.parent.name for p in known) or 'none'}.")
-        saved = json.loads((folder / "config.json").read_text())
-        saved["stages"] = tuple(saved["stages"])
+        saved = read_json(folder / "config.json")
+        saved["stages"] = tuple(saved.get("stages", ()))
         for name, value in given.items():
             if name != "run" and saved.get(name) != value:
                 raise ValueError(f"{folder} was begun with {name} = {saved.get(name)}, not {value}: a resumed run "
@@ -405,8 +416,6 @@ def open_run(config: Config, resume: bool, given: dict) -> tuple[Config, Path]:
     if (folder / "config.json").exists():
         raise FileExistsError(f"{folder} is there already: go on with --resume, or take another --run.")
     config.max_new_tokens = config.max_new_tokens or 2 * config.target
-    write_file(folder / "config.json",
-               lambda part: part.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n"))
     return config, folder
 
 
@@ -429,6 +438,7 @@ class Stop:
 
 def main(argv: list[str] | None = None) -> int:
     config, resume, given = read_arguments(argv)
+    sys.stdout.reconfigure(errors="replace")  # a console that cannot show an emoji should not end the run
     try:
         check(config)
         parse_stages(config.stages)
@@ -437,6 +447,11 @@ def main(argv: list[str] | None = None) -> int:
             train(config, folder, resume, stop)
     except (ValueError, OSError, FloatingPointError) as e:
         print(f"train.py: {e}", file=sys.stderr)
+        return 1
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "not enough memory" not in str(e):
+            raise
+        print("train.py: Out of memory. Lower --micro-tokens or --prompts, or add --checkpointing.", file=sys.stderr)
         return 1
     return 0
 

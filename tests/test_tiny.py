@@ -1,0 +1,115 @@
+"""The embedded default: what `tiny/make.py` promises about the folder it wrote, and that the folder can be taught."""
+
+import json
+import random
+import sys
+from statistics import fmean
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from eval import Config, evaluate
+from model import load, token_logprobs
+from rewards import rouge_l
+from rollout import TINY, load_posts, tokenize
+
+sys.path.insert(0, str(TINY))
+import make  # noqa: E402
+import stories  # noqa: E402
+
+POSTS = {split: load_posts("tiny", split) for split in make.SPLITS}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load(TINY)
+
+
+def test_no_post_is_in_two_splits_or_twice():
+    documents = [post.document for posts in POSTS.values() for post in posts]
+    assert {split: len(posts) for split, posts in POSTS.items()} == make.SPLITS
+    assert len(set(documents)) == len(documents)
+    assert all(post.reference for posts in POSTS.values() for post in posts)
+
+
+def test_the_posts_are_the_generators(tmp_path, monkeypatch):
+    """The same seed writes the same posts: what is in the folder can be made again."""
+    monkeypatch.setattr(make, "HERE", tmp_path)
+    monkeypatch.setattr(make, "SPLITS", {"train": 40})
+    make.write_posts(random.Random(0))
+    written = (tmp_path / "train.jsonl").read_text().splitlines()
+    assert written == (TINY / "train.jsonl").read_text().splitlines()[:40]
+
+
+def test_a_reference_keeps_the_point_and_a_careless_summary_does_not():
+    rng = random.Random(1)
+    for _ in range(200):
+        s = stories.story(rng)
+        words = set(s.document.lower().replace(".", " ").replace(",", " ").split())
+        used = s.reference.lower().replace(".", " ").replace(",", " ").split()
+        assert fmean(word in words for word in used) > 0.8  # a summary copies, it does not invent
+        assert 2 <= sum(not fact.point for fact in s.facts) and 3 <= sum(fact.point for fact in s.facts)
+        assert 21 <= len(used) <= 29
+    drawn = [stories.story(rng) for _ in range(200)]
+    careless = fmean(rouge_l(stories.summary(s, rng), s.reference) for s in drawn)
+    assert 0.3 < careless < 0.7
+
+
+def test_transformers_loads_the_folder_as_it_is(tiny):
+    model, tokenizer = tiny
+    theirs = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    text = AutoTokenizer.from_pretrained(TINY)
+    post = POSTS["test"][0]
+    ids = text.apply_chat_template(
+        [{"role": "system", "content": "Summarise the post in about 32 tokens."},
+         {"role": "user", "content": post.document}], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert ids == tokenize(tokenizer, post, "chatml", 32)
+    tokens = torch.tensor([ids])  # [1, P]
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+    assert set(model.config.eos_token_ids) == set(theirs.generation_config.eos_token_id)
+    assert (TINY / "model.safetensors").stat().st_size < 8e6
+    assert json.loads((TINY / "config.json").read_text())["model_type"] == "qwen2"
+
+
+def test_it_writes_summaries_but_misses_the_length(tiny):
+    """There is something to learn, and something to learn it with."""
+    posts = POSTS["test"][:100]
+    r = evaluate(*tiny, posts, Config(target=32))
+    assert r["within_10pct"] < 0.35 and r["stopped"] > 0.9
+    strangers = fmean(rouge_l(row["summary"], post.reference) for row, post in zip(r["summaries"][1:], posts))
+    assert r["rouge_l"] > 0.35 > strangers + 0.1  # about this post, not about posts
+
+
+def test_a_summary_saves_bits_of_its_own_document(tiny):
+    """The model can be a SQUISH reference: a document is cheaper after its own summary than after a stranger's or
+    after nothing, in bits."""
+    model, tokenizer = tiny
+    end = tokenizer.token_to_id("<|endoftext|>")
+
+    def bits(document: str, before: list[int]) -> float:
+        ids = tokenizer.encode(document).ids
+        tokens = torch.tensor([[end, *before, *ids]])  # [1, T]
+        with torch.no_grad():
+            logp, _ = token_logprobs(model, model.hidden(tokens)[:, :-1], tokens[:, 1:])  # [1, T-1]
+        return -logp[0, -len(ids):].sum().item() / 0.6931
+
+    alone, own, other = [], [], []
+    for post, stranger in zip(POSTS["test"][:30], POSTS["test"][1:]):
+        alone.append(bits(post.document, []))
+        for result, summary in ((own, post.reference), (other, stranger.reference)):
+            opening = make.SUMMARY_FIRST.split("{document}")[0].replace("{summary}", summary)
+            result.append(bits(post.document, tokenizer.encode(opening).ids))
+    assert fmean(own) < 0.85 * fmean(alone)
+    assert fmean(own) < 0.85 * fmean(other)
+
+
+def test_a_few_steps_teach_it_its_length(tmp_path, monkeypatch):
+    """Twenty steps of the default's first stage: the mean distance from the target shrinks."""
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--run", "r", "--stages", "length:20", "--eval-posts", "16", "--beta", "0"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "runs/r/metrics.jsonl").read_text().splitlines()]
+    assert fmean(r["reward"] for r in rows[-5:]) > fmean(r["reward"] for r in rows[:5]) + 0.05
+    assert all(row["kl"] is None for row in rows)  # beta 0 needs no reference, and none is asked
