@@ -24,7 +24,7 @@ from rollout import TINY, Group, Post, choose_template, load_posts, load_split, 
 class Config:
     """What an evaluation needs to know; `train.Config` has the same three names."""
 
-    target: int = 32  # wanted summary length, in tokens
+    target: int = 30  # wanted summary length, in tokens
     max_new_tokens: int = 0  # where a summary is cut; 0: twice the target
     template: str = ""  # of the prompt; "": whatever fits the tokenizer
 
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("models", nargs="+", metavar="RUN_OR_MODEL", help="a run, a model folder, or 'tiny'")
     parser.add_argument("--data", help="posts: tiny, a folder, or a .jsonl file (default: the run's own, or tiny)")
     parser.add_argument("--split", default="test", help="which file of a folder (default: test)")
-    parser.add_argument("--target", type=int, help="wanted length in tokens (default: the run's own, or 32)")
+    parser.add_argument("--target", type=int, help="wanted length in tokens (default: the run's own, or 30)")
     parser.add_argument("--max-new-tokens", type=int, default=0, help="where a summary is cut (0: twice the target)")
     parser.add_argument("--template", default="", help="chatml or plain (default: whatever fits the tokenizer)")
     parser.add_argument("--n", type=int, help="only the first N posts")

@@ -41,7 +41,7 @@ class Config:
                           choices=ADVANTAGES)
     clip_low: float = flag(0.2, "the ratio may fall to 1 - this before its gradient stops")
     clip_high: float = flag(0.2, "the ratio may rise to 1 + this before its gradient stops (DAPO: 0.28)")
-    beta: float = flag(0.02, "weight of the KL to the reference model; 0 needs no reference")
+    beta: float = flag(0.05, "weight of the KL to the reference model; 0 needs no reference")
     kl: str = flag("k3_ratio", "KL estimator in the loss; k2 and k3_ratio have the right gradient", choices=KLS)
     updates: int = flag(1, "optimizer steps on each batch of completions (mu in the paper)")
     temperature: float = flag(1.0, "of the sampler, and therefore of the loss")

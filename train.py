@@ -39,17 +39,18 @@ class Config(grpo.Config):
     model: str = flag("tiny", "a Hugging Face folder, a hub name, or tiny")
     data: str = flag("tiny", "posts to train on: tiny, a folder with train.jsonl, or a .jsonl or .jsonl.gz file")
     eval_data: str = flag("", "held-out posts; empty: the data's own val or test file, else a tenth of the data")
-    stages: tuple[str, ...] = flag(("length:80", "rouge_l+length:80"), "one or more REWARD:STEPS, run in order")
+    stages: tuple[str, ...] = flag(("length:40", "rouge_l+3*length:130"), "one or more REWARD:STEPS, run in order")
     stage_ref: str = flag("start", "the model that the KL holds to: the run's first, or the last of the previous stage",
                           choices=("start", "previous"))
     run: str = flag("", "name of the run's folder in runs/; empty: the first free of MODEL-1, MODEL-2, ...")
-    target: int = flag(32, "wanted length of a summary, in tokens of the model")
+    target: int = flag(30, "wanted length of a summary, in tokens of the model")
     prompts: int = flag(4, "posts in a batch (B)")
     group: int = flag(8, "completions of each post (G)")
     template: str = flag("", "prompt template, chatml or plain; empty: whatever fits the tokenizer")
     max_prompt: int = flag(0, "leave out posts whose prompt has more tokens than this; 0: refuse what does not fit")
-    lr: float = flag(5e-4, "learning rate (about 2e-6 for a model of 0.5B)")
+    lr: float = flag(6e-4, "learning rate (about 2e-6 for a model of 0.5B)")
     warmup: int = flag(5, "steps over which the learning rate rises from 0")
+    lr_end: float = flag(0.1, "share of --lr that is left at the last step; 1 keeps it constant")
     weight_decay: float = flag(0.0, "how strongly AdamW pulls the weights to zero")
     seed: int = flag(0, "decides everything: order of posts, completions, and so the weights")
     eval_posts: int = flag(200, "held-out posts per evaluation")
@@ -105,7 +106,7 @@ def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:
             reference = stage_reference(folder / "checkpoint" / f"stage-{stage.number}.pt", model, step == stage.first)
         while step < stage.end:
             for g in optimizer.param_groups:
-                g["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
+                g["lr"] = learning_rate(step, stages[-1].end, config)
             clock = time.time()
             batch = batch_of(posts, step, config)
             groups = sample(model, [prompt for _, prompt in batch], config.group, config.max_new_tokens,
@@ -162,6 +163,11 @@ def prepare(config: Config, stages: list[Stage]):
         raise ValueError(f"{config.data} has no summaries for rouge_l to compare with: call their field 'summary', or "
                          f"train with --stages length:N.")
     return model, tokenizer, train_pairs, held_out[:config.eval_posts]
+
+
+def learning_rate(step: int, total: int, config: Config) -> float:
+    """Up from 0 over the warm-up, then down in a straight line to `lr_end` times --lr: late steps only polish."""
+    return config.lr * min(1.0, (step + 1) / max(1, config.warmup)) * (1 - (1 - config.lr_end) * step / total)
 
 
 def batch_of(posts: list, step: int, config: Config) -> list:
@@ -379,8 +385,8 @@ def check(c: Config) -> None:
         (not 0 < c.clip_low < 1 or not c.clip_high > 0, "--clip-low must lie in (0, 1) and --clip-high above 0"),
         (not (0 < c.lr < math.inf and c.grad_clip > 0 and 0 <= c.beta < math.inf),
          "--lr and --grad-clip must be above 0, --beta at least 0"),
-        (c.seed < 0 or c.warmup < 0 or not c.weight_decay >= 0,
-         "--seed, --warmup and --weight-decay cannot be negative"),
+        (c.seed < 0 or c.warmup < 0 or not c.weight_decay >= 0 or not 0 <= c.lr_end <= 1,
+         "--seed, --warmup and --weight-decay cannot be negative, and --lr-end must lie in [0, 1]"),
         (0 < c.max_new_tokens <= 1.1 * c.target, f"--max-new-tokens {c.max_new_tokens} would cut summaries at the "
                                                  f"target of {c.target} and count them as hits: leave room to miss"),
         (c.max_new_tokens < 0 or c.max_prompt < 0, "--max-new-tokens and --max-prompt cannot be negative"),

@@ -63,9 +63,9 @@ def test_transformers_loads_the_folder_as_it_is(tiny):
     text = AutoTokenizer.from_pretrained(TINY)
     post = POSTS["test"][0]
     ids = text.apply_chat_template(
-        [{"role": "system", "content": "Summarise the post in about 32 tokens."},
+        [{"role": "system", "content": "Summarise the post in about 30 tokens."},
          {"role": "user", "content": post.document}], add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert ids == tokenize(tokenizer, post, "chatml", 32)
+    assert ids == tokenize(tokenizer, post, "chatml", 30)
     tokens = torch.tensor([ids])  # [1, P]
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
@@ -77,7 +77,7 @@ def test_transformers_loads_the_folder_as_it_is(tiny):
 def test_it_writes_summaries_but_misses_the_length(tiny):
     """There is something to learn, and something to learn it with."""
     posts = POSTS["test"][:100]
-    r = evaluate(*tiny, posts, Config(target=32))
+    r = evaluate(*tiny, posts, Config(target=30))
     assert r["within_10pct"] < 0.35 and r["stopped"] > 0.9
     strangers = fmean(rouge_l(row["summary"], post.reference) for row, post in zip(r["summaries"][1:], posts))
     assert r["rouge_l"] > 0.35 > strangers + 0.1  # about this post, not about posts
