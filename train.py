@@ -116,6 +116,9 @@ def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:
                 line |= grpo.update(model, reference, groups, optimizer, config)
             except FloatingPointError as e:
                 step = load_checkpoint(folder, model, optimizer)
+                if step == 0:
+                    raise FloatingPointError(f"{e} in step {log.last + 1}, before the first checkpoint: start again "
+                                             f"with a lower --lr.") from e
                 save(model, tokenizer, folder / "model")
                 raise FloatingPointError(f"{e} in step {log.last + 1}. The weights of step {step}, which are good, are "
                                          f"in {folder / 'model'}: go on from them with --model {folder / 'model'} and "

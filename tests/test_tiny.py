@@ -7,7 +7,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import train
 from eval import Config, evaluate
@@ -60,7 +60,9 @@ def test_a_reference_keeps_the_point_and_a_careless_summary_does_not():
 def test_transformers_loads_the_folder_as_it_is(tiny):
     model, tokenizer = tiny
     theirs = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    text = AutoTokenizer.from_pretrained(TINY)
+    # The generic class reads tokenizer.json as it is. AutoTokenizer puts Qwen2's own splitting of digits in its place
+    # whenever config.json says qwen2, whatever class the folder names, so it cuts this folder's numbers differently.
+    text = PreTrainedTokenizerFast.from_pretrained(TINY)
     post = POSTS["test"][0]
     ids = text.apply_chat_template(
         [{"role": "system", "content": "Summarise the post in about 30 tokens."},

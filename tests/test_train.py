@@ -154,7 +154,7 @@ def test_help_explains_every_flag():
         train.main(["--help"])
     flat = re.sub(r"[\s-]", "", text.getvalue())  # argparse wraps lines at spaces and hyphens
     for f in dataclasses.fields(train.Config):
-        assert f"--{f.name.replace('_', '-')} " in text.getvalue()
+        assert f"  --{f.name.replace('_', '-')}" in text.getvalue()
         assert len(f.metadata["help"]) > 10 and re.sub(r"[\s-]", "", f.metadata["help"]) in flat
 
 
@@ -228,6 +228,7 @@ def test_a_post_list_of_ones_own(small, cwd, capsys):
     assert [row["n"] for row in lines(Path("runs/own/eval.jsonl"))] == [4, 4]
     trained, held_out = load_split("posts.jsonl")
     assert trained + held_out == load_posts("posts.jsonl") and len(held_out) == 4
+    capsys.readouterr()
     assert evaluation.main(["runs/own"]) == 0  # and these four are what the run is measured on
     assert int(capsys.readouterr().out.splitlines()[1].removeprefix("runs/own").split()[0]) == 4
 
@@ -242,14 +243,16 @@ def test_a_run_is_never_overwritten(small, cwd, capsys):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(small, cwd, capsys):
-    """A learning rate of 1e30 wrecks the weights in its first step; the second one says so and touches nothing."""
-    for lr in ("1e30", "1e38"):  # the second one overflows at once
+    """A learning rate of 1e30 wrecks the weights in its first step: the second one says so, and the last finite ones
+    are left to go on from. 1e38 overflows at once, before there is anything to keep."""
+    for lr, says in (("1e30", "which are good"), ("1e38", "before the first checkpoint")):
         more = ["--lr", lr, "--warmup", "0", "--save-every", "1", "--run", lr]
         code = train.main(["--model", str(small), *SMALL, *more])
         err = capsys.readouterr().err
-        assert code == 1 and err.count("\n") == 1 and "--lr" in err and "which are good" in err, err
-        model, _ = load(f"runs/{lr}/model")  # what is left can be gone on from
-        assert all(p.isfinite().all() for p in model.parameters())
+        assert code == 1 and err.count("\n") == 1 and "--lr" in err and says in err, err
+    model, _ = load("runs/1e30/model")
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert not Path("runs/1e38/model").exists()
 
 
 def test_a_full_disk_is_a_sentence_and_loses_nothing(small, cwd, capsys):
