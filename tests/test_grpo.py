@@ -781,7 +781,7 @@ def test_a_broken_loss_never_reaches_the_weights(beta, flat):
         model.norm.weight[3] = float("nan")
     before = parameters_to_vector(model.parameters()).clone()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    with pytest.raises(FloatingPointError, match="checkpoint"):
+    with pytest.raises(FloatingPointError, match="The loss is"):
         update(model, drifted(tiny_model()), groups, optimizer, Config(beta=beta))
     assert_close(parameters_to_vector(model.parameters()), before, rtol=0, atol=0, equal_nan=True)
 
@@ -792,7 +792,7 @@ def test_a_broken_gradient_never_reaches_the_weights(broken):
     model = tiny_model()
     before = parameters_to_vector(model.parameters()).clone()
     model.norm.weight.register_hook(lambda g: g * broken)
-    with pytest.raises(FloatingPointError, match="not touched"):
+    with pytest.raises(FloatingPointError, match="gradient's norm is"):
         update(model, None, random_groups(), torch.optim.SGD(model.parameters(), lr=1.0), Config())
     assert parameters_to_vector(model.parameters()).equal(before)
 
