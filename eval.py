@@ -3,7 +3,7 @@
     python eval.py tiny runs/tiny-1            # any mix of model folders and runs, one row each
 
 The training loop calls `evaluate` before, between and after its stages, on validation posts; this command takes the
-test posts, which no choice was ever made on.
+test posts.
 """
 
 import argparse
