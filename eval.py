@@ -16,7 +16,7 @@ from statistics import fmean, pstdev
 import numpy as np
 
 from model import load, read_json, write_file
-from rewards import rouge_l
+from rewards import bleu, copy_rate, distinct, meteor, repetition, rouge_l, templated
 from rollout import TINY, Group, Post, choose_template, load_posts, load_split, sample, tokenize
 
 
@@ -33,8 +33,10 @@ def evaluate(model, tokenizer, posts: list[Post], config, batch: int = 64) -> di
     """Greedy summaries of all posts -> what the README's table of metrics explains, and the summaries themselves.
 
     n; length and length_std in tokens; within_2 and within_10pct, the shares of summaries at most 2 tokens and at most
-    10% of the target away from it; rouge_l, mean F1 against the references; stopped, the share that ended by itself;
-    summaries, one {id, summary, length, rouge_l} a post. An empty summary counts like any other: it is 0 tokens long.
+    10% of the target away from it; rouge_l, meteor and bleu, means of the summaries' own scores against the references;
+    stopped, the share that ended by itself; distinct, templated, repetition and copy_rate as in rewards.py, which tell
+    of phrases that come again and again; summaries, one {id, summary, length, rouge_l, meteor, bleu} a post. An empty
+    summary counts like any other: it is 0 tokens long.
     """
     template = config.template or choose_template(tokenizer)
     rows = []
@@ -45,17 +47,21 @@ def evaluate(model, tokenizer, posts: list[Post], config, batch: int = 64) -> di
         groups = sample(model, prompts, 1, config.max_new_tokens or 2 * config.target, temperature=0.0,
                         tokenizer=tokenizer)
         rows += [{"id": post.id, "summary": group.texts[0], "length": content_lengths(group)[0],
-                  "rouge_l": rouge_l(group.texts[0], post.reference), "stopped": bool(group.stopped[0])}
-                 for post, group in zip(some, groups)]
+                  **{metric.__name__: metric(group.texts[0], post.reference) for metric in (rouge_l, meteor, bleu)},
+                  "stopped": bool(group.stopped[0])} for post, group in zip(some, groups)]
     rows = [row for _, row in sorted(zip(order, rows), key=lambda pair: pair[0])]  # back to the order of the posts
-    lengths = [row["length"] for row in rows]
+    lengths, texts = [row["length"] for row in rows], [row["summary"] for row in rows]
     return {
         "n": len(rows),
         "length": fmean(lengths),
         "length_std": pstdev(lengths),
         **within(lengths, config.target),
-        "rouge_l": fmean(row["rouge_l"] for row in rows),
+        **{name: fmean(row[name] for row in rows) for name in ("rouge_l", "meteor", "bleu")},
         "stopped": fmean(row.pop("stopped") for row in rows),
+        "distinct": distinct(texts),
+        "templated": templated([[text] for text in texts]),
+        "repetition": fmean(map(repetition, texts)),
+        "copy_rate": fmean(copy_rate(text, post.document) for text, post in zip(texts, posts)),
         "summaries": rows,
     }
 
@@ -77,7 +83,8 @@ def within(lengths: list[int], target: int) -> dict[str, float]:
 
 def describe(r: dict) -> str:
     return (f"{r['within_10pct']:.0%} within ±10% of the target, {r['within_2']:.0%} within ±2 tokens; "
-            f"length {r['length']:.1f} ± {r['length_std']:.1f}; ROUGE-L {r['rouge_l']:.3f}")
+            f"length {r['length']:.1f} ± {r['length_std']:.1f}; ROUGE-L {r['rouge_l']:.3f}, METEOR {r['meteor']:.3f}, "
+            f"BLEU {r['bleu']:.3f}; distinct {r['distinct']:.2f}")
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -149,7 +156,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.n is not None and args.n < 1 or args.target is not None and args.target < 1:
         parser.error("--n and --target must be at least 1")
-    print(f"{'model':32} {'n':>5} {'length':>12} {'+-2':>6} {'+-10%':>6} {'ROUGE-L':>8} {'stopped':>8}")
+    print(f"{'model':32} {'n':>5} {'length':>12} {'+-2':>6} {'+-10%':>6} {'ROUGE-L':>8} {'METEOR':>7} "
+          f"{'BLEU':>6} {'distinct':>8} {'copied':>7} {'stopped':>8}")
     try:
         for name in args.models:
             folder, run = find_model(name)
@@ -167,7 +175,8 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"{folder} has no tokenizer.json, so its tokens cannot be read.")
             r = evaluate(model, tokenizer, posts, config)
             print(f"{name:32} {r['n']:5} {r['length']:6.1f} ±{r['length_std']:4.1f} {r['within_2']:6.1%} "
-                  f"{r['within_10pct']:6.1%} {r['rouge_l']:8.3f} {r['stopped']:8.1%}", flush=True)
+                  f"{r['within_10pct']:6.1%} {r['rouge_l']:8.3f} {r['meteor']:7.3f} {r['bleu']:6.3f} "
+                  f"{r['distinct']:8.3f} {r['copy_rate']:7.1%} {r['stopped']:8.1%}", flush=True)
             for row, post in zip(r["summaries"][:args.show], posts):
                 print(f"    {row['id']}: {row['summary']!r} ({row['length']} tokens)\n    for {post.reference!r}")
     except (ValueError, OSError) as e:

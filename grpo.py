@@ -227,6 +227,9 @@ def micro_batches(groups: Sequence, advantages: Tensor, micro_tokens: int) -> li
     return result
 
 
+EXPLODED = 1e6  # normal losses are below 1 and normal gradients below 100: what is larger by so much leads nowhere
+
+
 def update(model: Transformer, reference: Transformer | None, groups: Sequence, optimizer: torch.optim.Optimizer,
            config: Config) -> dict[str, float]:
     """One batch of groups (with `rewards` [G] each) -> `config.updates` optimizer steps, and the metrics of the batch.
@@ -234,7 +237,8 @@ def update(model: Transformer, reference: Transformer | None, groups: Sequence, 
     The metrics: loss, kl (k3, nats a token), entropy (nats a token), clip_frac, ratio, grad_norm, flat_groups (share
     of groups whose rewards are all equal), logp_gap (largest difference between the sampler's log-probabilities and
     ours); with several updates, those of the last one. Without a reference (None) there is no KL, whatever
-    `config.beta` says. Raises FloatingPointError when the loss, the gradient or a weight is not finite any more.
+    `config.beta` says. Raises FloatingPointError when the loss or the gradient is NaN or above EXPLODED (the weights
+    are then as they were before this optimizer step), or when a weight is not finite after it.
     """
     A = advantages(torch.stack([g.rewards for g in groups]), config.advantage)  # [B, G]
     flat = (A == 0).all(1)  # [B]
@@ -262,8 +266,8 @@ def update(model: Transformer, reference: Transformer | None, groups: Sequence, 
                 loss, seen = policy_loss(logp, m.old_logp, m.ref_logp, m.advantages, m.mask, config.loss,
                                          config.clip_low, config.clip_high, beta, config.kl,
                                          max_length, n_completions, n_tokens)
-            if not loss.isfinite():
-                raise FloatingPointError(f"The loss is {loss.item()}: a log-probability or the KL overflowed")
+            if not loss.abs() < EXPLODED:  # NaN is not smaller than anything
+                raise FloatingPointError(f"The loss is {loss.item()}: a log-probability or the KL exploded")
             if learns:
                 loss.backward()
             if config.updates > 1 and epoch == 0:
@@ -277,7 +281,7 @@ def update(model: Transformer, reference: Transformer | None, groups: Sequence, 
         if not learns:
             break
         metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip).item()
-        if not metrics["grad_norm"] < float("inf"):
+        if not metrics["grad_norm"] < EXPLODED:
             raise FloatingPointError(f"The gradient's norm is {metrics['grad_norm']}")
         optimizer.step()
         if not all(bool(p.isfinite().all()) for p in parameters):

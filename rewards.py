@@ -3,18 +3,26 @@
 Everything the policy is ever told about its summaries is decided in this file, by hand and by the standard library
 alone. Three things live here:
 
-1. the measures: `length_penalty`, `rouge_l`, and the Porter stemmer `stem` that ROUGE needs;
+1. the measures: length, ROUGE-L, BLEU and METEOR, and what shows that a policy cheats (copies, repetitions, templates);
 2. `REWARDS`, the table that gives each measure a name (a forker's first stop);
 3. `parse`, which turns a line such as "length + 0.5*rouge_l" into a function that scores one group of completions.
 
 No tensors and no tokenizer: whoever sampled the tokens counts them, and hands over text and counts.
 """
 
+import json
 import math
+import os
 import re
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple, NoReturn
+
+from words import stem, synonyms
 
 # ------------------------------------------------------------------------------------------------------------- length
 
@@ -34,124 +42,6 @@ def length_penalty(n_tokens: int, target: int) -> float:
     if target <= 0:
         raise ValueError(f"the target length must be a positive number of tokens, not {target}.")
     return -abs(n_tokens - target) / target
-
-
-# ------------------------------------------------------------------------------------------------------ Porter stemmer
-#
-# M. F. Porter, "An algorithm for suffix stripping", Program 14(3), 1980, pp. 130-137, together with the amendments
-# that nltk's PorterStemmer applies by default, each marked (nltk) below. They matter: rouge_score stems with nltk, so
-# a stemmer that is only true to the paper gives other ROUGE values.
-
-_IRREGULAR = {  # (nltk) words that the rules would spoil
-    "skies": "sky", "sky": "sky", "dying": "die", "lying": "lie", "tying": "tie", "news": "news", "howe": "howe",
-    "innings": "inning", "inning": "inning", "outings": "outing", "outing": "outing", "cannings": "canning",
-    "canning": "canning", "proceed": "proceed", "exceed": "exceed", "succeed": "succeed",
-}  # fmt: skip
-
-
-def _rules(table: str) -> dict[str, str]:
-    return dict(rule.split(">") for rule in table.split())
-
-
-# "from>to", in the order in which they are tried: a suffix stands before the shorter ones that it contains.
-_STEP_2 = _rules(
-    "ational>ate tional>tion enci>ence anci>ance izer>ize bli>ble entli>ent eli>e ousli>ous ization>ize ation>ate "
-    "ator>ate alism>al iveness>ive fulness>ful ousness>ous aliti>al iviti>ive biliti>ble fulli>ful"
-)
-_STEP_3 = _rules("icate>ic ative> alize>al iciti>ic ical>ic ful> ness>")
-_STEP_4 = _rules("al> ance> ence> er> ic> able> ible> ant> ement> ment> ent> ou> ism> ate> iti> ous> ive> ize>")
-
-
-def _shape(word: str) -> str:
-    """Consonants and vowels; y is a vowel after a consonant ("syzygy" -> "cvcvcv") and a consonant elsewhere."""
-    shape = ""
-    for letter in word:
-        shape += "v" if letter in "aeiou" or (letter == "y" and shape.endswith("c")) else "c"
-    return shape
-
-
-def _m(stem: str) -> int:
-    """The paper's measure: every word reads [C](VC){m}[V]; "tree" has m = 0, "trouble" 1, "private" 2."""
-    return _shape(stem).count("vc")
-
-
-def _ends_short(stem: str) -> bool:
-    """The paper's *o: ends consonant-vowel-consonant, the last not w, x or y ("hop"); or is vowel-consonant (nltk)."""
-    shape = _shape(stem)
-    return shape == "vc" or (shape.endswith("cvc") and stem[-1] not in "wxy")
-
-
-def _swap(word: str, rules: dict[str, str], m: int) -> str:
-    """Apply the first rule whose suffix fits, if what stays has measure > m; if it has not, no later rule may try."""
-    for suffix, replacement in rules.items():
-        if word.endswith(suffix):
-            left = word.removesuffix(suffix)
-            return left + replacement if _m(left) > m else word
-    return word
-
-
-def _strip_plural(word: str) -> str:  # step 1a
-    if word.endswith("ies"):
-        return word[:-1] if len(word) == 4 else word[:-2]  # (nltk) "dies" -> "die", but "flies" and "ponies" lose "es"
-    if word.endswith("sses"):
-        return word[:-2]
-    return word[:-1] if word.endswith("s") and not word.endswith("ss") else word
-
-
-def _strip_past(word: str) -> str:  # step 1b
-    if word.endswith("ied"):
-        return word[:-1] if len(word) == 4 else word[:-2]  # (nltk) "died" -> "die", "spied" -> "spi"
-    if word.endswith("eed"):
-        return word[:-1] if _m(word[:-3]) > 0 else word  # "agreed" -> "agree", but "feed" stays
-    left = word.removesuffix("ed") if word.endswith("ed") else word.removesuffix("ing")
-    if left == word or "v" not in _shape(left):
-        return word  # "sing" and "bled" have no vowel left, so there was no ending to strip
-    if left.endswith(("at", "bl", "iz")):
-        return left + "e"  # "conflat(ed)" -> "conflate": later steps look for -ate, -ble and -ize
-    if left[-2:-1] == left[-1] and _shape(left)[-1] == "c":
-        return left if left[-1] in "lsz" else left[:-1]  # "hopp(ing)" -> "hop", but "fall(ing)" -> "fall"
-    return left + "e" if _m(left) == 1 and _ends_short(left) else left  # "fil(ing)" -> "file"
-
-
-def _strip_e(word: str) -> str:  # step 5
-    if word.endswith("e") and (_m(word[:-1]) > 1 or (_m(word[:-1]) == 1 and not _ends_short(word[:-1]))):
-        word = word[:-1]
-    return word[:-1] if word.endswith("ll") and _m(word[:-1]) > 1 else word
-
-
-@lru_cache(maxsize=2**16)  # a summary's words come back all the time, and a look-up is more than ten times cheaper
-def stem(word: str) -> str:
-    """The Porter stem of a lower-case word, equal to nltk's PorterStemmer().stem(word): "motoring" -> "motor".
-
-    A stem is not a word: it is the key under which related words meet. Rules fire on the measure m of what would stay
-    (see `_m`), so that short words keep their endings: "adjustment" leaves adjust, m = 2, but "cement" only c, m = 0.
-
-    >>> [stem(word) for word in ("caresses", "ponies", "hopping", "filing", "relational", "adjustment", "happily")]
-    ['caress', 'poni', 'hop', 'file', 'relat', 'adjust', 'happili']
-    >>> stem("connect") == stem("connected") == stem("connecting") == stem("connection") == stem("connections")
-    True
-    >>> [stem(word) for word in ("cement", "feed", "is", "enjoy", "news", "dying")]  # too short, or an exception
-    ['cement', 'feed', 'is', 'enjoy', 'news', 'die']
-    """
-    if word in _IRREGULAR:
-        return _IRREGULAR[word]
-    if len(word) <= 2:
-        return word
-    word = _strip_past(_strip_plural(word))
-    if word.endswith("y") and len(word) > 2 and _shape(word)[-2] == "c":
-        word = word[:-1] + "i"  # step 1c, (nltk) "fly" -> "fli" to meet "flies"; "enjoy" keeps its y after a vowel
-    if word.endswith("alli") and _m(word[:-4]) > 0:
-        word = word[:-2]  # step 2, (nltk) first -alli -> -al, and then the other rules see the -al
-    if word.endswith("logi") and _m(word[:-3]) > 0:
-        word = word[:-1]  # step 2, (nltk) the l counts with the stem, so that "geologi" finds "geolog"
-    else:
-        word = _swap(word, _STEP_2, m=0)
-    word = _swap(word, _STEP_3, m=0)
-    if word.endswith("ion"):
-        word = word[:-3] if _m(word[:-3]) > 1 and word[-4] in "st" else word  # "adoption", but not "champion"
-    else:
-        word = _swap(word, _STEP_4, m=1)
-    return _strip_e(word)
 
 
 # ------------------------------------------------------------------------------------------------------------- ROUGE-L
@@ -208,6 +98,295 @@ def rouge_l(candidate: str, reference: str) -> float:
     return 2 * p * r / (p + r)
 
 
+# ---------------------------------------------------------------------------------------------------------------- BLEU
+
+_PUNCTUATION = str.maketrans({mark: f" {mark} " for mark in "{|}~[\\]^_` !\"#$%&()*+:;<=>?@/"})
+_13A = (  # commas, full stops and dashes: apart from words, together with digits ("3.5", "1,000"; but "1-2" is 1 - 2)
+    (re.compile(r"([^0-9])([.,])"), r"\1 \2 "),
+    (re.compile(r"([.,])([^0-9])"), r" \1 \2"),
+    (re.compile(r"([0-9])(-)"), r"\1 \2 "),
+)
+
+
+@lru_cache(maxsize=2**16)  # the rules look no further than a blank, so what stands between two is cut once and for all
+def _cut(word: str) -> tuple[str, ...]:
+    text = f" {word} ".translate(_PUNCTUATION)
+    for pattern, spaced in _13A:
+        text = pattern.sub(spaced, text)
+    return tuple(text.split())
+
+
+@lru_cache(maxsize=1024)  # BLEU and METEOR cut the same texts, and a group's reference comes back G times
+def words_13a(text: str) -> tuple[str, ...]:
+    """The words of mteval-v13a, NIST's scoring script: what BLEU is counted in everywhere, case kept.
+
+    >>> words_13a("Tom's cat (aged 3.5) won 1,000 euros, twice.")
+    ("Tom's", 'cat', '(', 'aged', '3.5', ')', 'won', '1,000', 'euros', ',', 'twice', '.')
+    """
+    # The script also joins words that a hyphen splits over two lines, and knows a few names for characters.
+    text = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
+    for name, mark in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
+        text = text.replace(name, mark)
+    return tuple(chain.from_iterable(map(_cut, text.split())))
+
+
+def _ngrams(words: Sequence[str], n: int) -> Iterable[tuple[str, ...]]:
+    return zip(*(words[i:] for i in range(n)))
+
+
+@lru_cache(maxsize=1024)
+def _counts(reference: str) -> list[Counter]:
+    """How often each n-gram stands in the reference, for n = 1..4."""
+    return [Counter(_ngrams(words_13a(reference), n)) for n in (1, 2, 3, 4)]
+
+
+def _matches(candidate: str, reference: str) -> tuple[int, int, list[int], list[int]]:
+    """Words of the candidate, words of the reference; n-grams of the candidate that match, and all of them (n = 1..4).
+
+    An n-gram matches at most as often as it stands in the reference, or "the the the" would be perfect.
+    """
+    words, correct, total = words_13a(candidate), [], []
+    for n, there in enumerate(_counts(reference), 1):
+        total.append(max(0, len(words) - n + 1))
+        here = set(_ngrams(words, n))
+        if len(here) < total[-1]:  # some come twice
+            counts = Counter(_ngrams(words, n))
+            correct.append(sum(min(counts[gram], there[gram]) for gram in here & there.keys()))
+        else:
+            correct.append(len(here & there.keys()))
+    return len(words), len(words_13a(reference)), correct, total
+
+
+def _bleu(c: int, r: int, correct: list[float], total: list[float], smooth: str, effective: bool) -> float:
+    """The formula of `bleu`, from counts that belong to one text or are summed over many."""
+    if smooth not in ("none", "exp", "floor", "add-k"):
+        raise ValueError(f"there is no BLEU smoothing {smooth!r}: choose none, exp, floor or add-k.")
+    if not any(correct):
+        return 0.0  # not even a common word: there is nothing to smooth
+    logs, halved = [], 1.0
+    for n, (match, of) in enumerate(zip(correct, total), 1):
+        if smooth == "add-k" and n > 1:
+            match, of = match + 1, of + 1  # Lin and Och 2004
+        if of == 0:
+            break  # a text of two words has no 3-grams
+        if match == 0:
+            if smooth == "none":
+                return 0.0
+            halved /= 2
+            match = halved if smooth == "exp" else 0.1  # NIST's 1/2, 1/4, 1/8 of a match, or a constant tenth
+        logs.append(math.log(match / of))
+    if len(logs) < 4 and not effective:
+        return 0.0
+    brevity = 1.0 if c >= r else math.exp(1 - r / c)
+    return brevity * math.exp(sum(logs) / len(logs))
+
+
+def bleu(candidate: str, reference: str, smooth: str = "exp") -> float:
+    """Sentence BLEU (Papineni et al. 2002, "BLEU: a Method for Automatic Evaluation of Machine Translation"): [0, 1].
+
+        BLEU = BP * exp(mean over n of log p_n)    p_n = matching n-grams / n-grams of the candidate, n = 1..4
+        BP   = 1 if c >= r else exp(1 - r/c)       c, r = words of candidate and reference
+
+    One summary seldom shares a 4-gram with its reference, and one p_n = 0 makes the product 0: smoothing gives such an
+    order a share of a match (Chen and Cherry 2014): `exp` 1/2 the first time, 1/4 the second..., `floor` 1/10, `add-k`
+    adds 1 to matches and n-grams from n = 2 on, `none` is the corpus formula. Texts of fewer than 4 words are scored by
+    the orders that they have. Equal to sacreBLEU's BLEU(smooth_method=smooth, effective_order=True) / 100, except that
+    identical texts score 1 and not 1.0000000000000004.
+
+    Words 3 of 4, pairs 2 of 3, triples 1 of 2, no quadruple of 1, which counts as 1/2; 4 words for 6: BP = exp(-1/2).
+
+    >>> round(bleu("The cat sat quietly", "The cat sat down once more"), 6)  # (3/4 * 2/3 * 1/2 * 1/2)^(1/4) * BP
+    0.360645
+    >>> bleu("The cat sat quietly", "The cat sat down once more", smooth="none")
+    0.0
+    >>> bleu("the the the", "The cat"), bleu("", "a cat"), bleu("a cat", "a cat")
+    (0.0, 0.0, 1.0)
+    """
+    return _bleu(*_matches(candidate, reference), smooth, effective=True)
+
+
+def corpus_bleu(candidates: Sequence[str], references: Sequence[str], smooth: str = "exp") -> float:
+    """BLEU of many texts: counts are summed first, as in the paper; not the mean of the texts' own. In [0, 1].
+
+    Equal to sacreBLEU's corpus score / 100. 0 where no text at all has 4 words.
+    """
+    if len(candidates) != len(references):
+        raise ValueError(f"{len(candidates)} candidates and {len(references)} references: each needs one of both.")
+    if not candidates:
+        raise ValueError("corpus_bleu of no texts is not defined.")
+    c, r, correct, total = zip(*map(_matches, candidates, references))
+    return _bleu(sum(c), sum(r), list(map(sum, zip(*correct))), list(map(sum, zip(*total))), smooth, effective=False)
+
+
+# -------------------------------------------------------------------------------------------------------------- METEOR
+
+
+def _align(candidate: Sequence[str], reference: Sequence[str]) -> list[tuple[int, int]]:
+    """Pairs (i, j): candidate word i stands for reference word j, each word in one pair at most, sorted by i.
+
+    Three stages, each over the words that the ones before left: same word, same stem, synonyms. In each the candidate
+    is gone through from right to left, and a word takes the last free place in the reference that fits. (The paper asks
+    for the alignment with the fewest crossings, and for synonyms of words; this is nltk's way, whose numbers people
+    compare with. nltk also hands the stems of the second stage on to the third, so only words that are their own stems
+    have synonyms: "cats" meets "guy", but "large", which becomes "larg", does not meet "big".)
+    """
+    pairs, left, free = [], dict(enumerate(candidate)), dict(enumerate(reference))
+    for stage in ("word", "stem", "synonym"):
+        if stage == "stem":
+            left, free = ({i: stem(word) for i, word in texts.items()} for texts in (left, free))
+        places: dict[str, list[int]] = {}
+        for j, word in free.items():
+            places.setdefault(word, []).append(j)
+        for i, word in reversed(list(left.items())):
+            fit = places.keys() & synonyms(word) if stage == "synonym" else (word,) if word in places else ()
+            if fit:
+                last = max(fit, key=lambda k: places[k][-1])
+                j = places[last].pop()
+                if not places[last]:
+                    del places[last]
+                pairs.append((i, j))
+                del left[i], free[j]
+        if not left or not free:
+            break
+    return sorted(pairs)
+
+
+def meteor(candidate: str, reference: str, alpha: float = 0.9, beta: float = 3.0, gamma: float = 0.5) -> float:
+    """METEOR (Lavie and Agarwal 2007, "METEOR: An Automatic Metric for MT Evaluation..."), in [0, 1].
+
+        P = m / |candidate|    R = m / |reference|          m words are matched: equal, of one stem, or synonyms
+        F = P R / (alpha P + (1 - alpha) R)                 alpha = 0.9: recall counts nine times as much
+        METEOR = F * (1 - gamma (chunks / m)^beta)          a chunk is a run of matches adjacent in both texts
+
+    A summary of m words that is the reference itself is one chunk and scores 1 - 0.5/m^3, the most there is. Equal to
+    nltk's meteor_score on the same words: those of `words_13a`, lower-cased. Without WordNet (`words.find_wordnet`)
+    there are no synonyms, and the numbers are a little lower.
+
+    "the" "cat" match as they are, "sits" and "sitting" by their stem: m = 3 of 4 and of 5 words, in 2 chunks, so
+    P = 3/4, R = 3/5, F = 0.45 / 0.735, and a share of 1 - 0.5 (2/3)^3 is left of it.
+
+    >>> round(meteor("the cat sits outside", "the cat is sitting idly"), 6)
+    0.521542
+    >>> meteor("", "the cat"), meteor("dog", "the cat"), meteor("The cat", "the cat")
+    (0.0, 0.0, 0.9375)
+    """
+    ours, theirs = ([word.lower() for word in words_13a(text)] for text in (candidate, reference))
+    pairs = _align(ours, theirs)
+    m = len(pairs)
+    if m == 0:
+        return 0.0
+    p, r = m / len(ours), m / len(theirs)
+    chunks = 1 + sum(b != (a[0] + 1, a[1] + 1) for a, b in zip(pairs, pairs[1:]))
+    return p * r / (alpha * p + (1 - alpha) * r) * (1 - gamma * (chunks / m) ** beta)
+
+
+# ------------------------------------------------------------------------------------- what shows that a policy cheats
+
+
+def copy_rate(text: str, document: str, n: int = 3) -> float:
+    """Share of the text's word n-grams that stand in the document: 1 is cut out of it, 0 is all its own words.
+
+    A text of fewer than n words is looked for as a whole.
+
+    >>> copy_rate("a cat sat on a mat", "Then a cat sat on the mat.")  # a cat sat, cat sat on; not: sat on a, on a mat
+    0.5
+    """
+    words = words_13a(text.lower())
+    if not words:
+        return 0.0
+    n = min(n, len(words))
+    grams, there = list(_ngrams(words, n)), set(_ngrams(words_13a(document.lower()), n))
+    return sum(gram in there for gram in grams) / len(grams)
+
+
+def repetition(text: str, n: int = 3) -> float:
+    """Share of the text's word n-grams that it has said before: 0 for normal prose, near 1 for a loop.
+
+    >>> repetition("so it goes, so it goes, so it goes")  # 9 triples, the first 4 of which are new
+    0.5555555555555556
+    """
+    grams = list(_ngrams(words_13a(text.lower()), n))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct(texts: Sequence[str], n: int = 2) -> float:
+    """Distinct-n of several texts (Li et al. 2016): different word n-grams / all word n-grams. 1: none comes twice.
+
+    >>> distinct(["the cat sat", "the cat ran"])  # the cat, cat sat, the cat, cat ran
+    0.75
+    """
+    grams = [gram for text in texts for gram in _ngrams(words_13a(text.lower()), n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def own_share(text: str, group: Sequence[str], n: int = 2) -> float:
+    """What a text adds to `distinct` of its group: an n-gram that stands k times in the group earns 1/k.
+
+    So the mean over the group, each text weighted by its n-grams, is distinct-n of the group: a reward for each text
+    whose sum is a property of all.
+
+    >>> own_share("the cat sat", ["the cat sat", "the cat ran"])  # (1/2 + 1) / 2
+    0.75
+    """
+    grams, counts = list(_ngrams(words_13a(text.lower()), n)), _group_counts(tuple(group), n)
+    return sum(1 / counts[gram] for gram in grams) / len(grams) if grams else 0.0
+
+
+@lru_cache(maxsize=1)  # the same for all texts of a group
+def _group_counts(group: tuple[str, ...], n: int) -> Counter:
+    return Counter(gram for text in group for gram in _ngrams(words_13a(text.lower()), n))
+
+
+def templated(groups: Sequence[Sequence[str]], n: int = 3) -> float:
+    """Share of word n-grams that were also written about another post of the batch: stock phrases, fillers, templates.
+
+    >>> templated([["Tom won. He was happy."], ["Ann lost. He was happy."]])  # 3 of 5 triples each: . he was happy .
+    0.6
+    """
+    per_post = [[gram for text in texts for gram in _ngrams(words_13a(text.lower()), n)] for texts in groups]
+    posts = Counter(gram for grams in per_post for gram in set(grams))
+    return sum(posts[g] > 1 for grams in per_post for g in grams) / max(1, sum(map(len, per_post)))
+
+
+def well_formed(text: str) -> float:
+    """1 for one line that begins like a sentence and ends like one, else 0.
+
+    >>> well_formed("The cat sat."), well_formed("the cat sat."), well_formed("The cat sat and")
+    (1.0, 0.0, 0.0)
+    """
+    text = text.strip()
+    return float(bool(text) and len(text.splitlines()) == 1 and not text[0].islower()
+                 and text.rstrip("\"'\u201d\u2019)").endswith((".", "!", "?")))
+
+
+# ---------------------------------------------------------------------------------------------------------- embeddings
+
+
+@lru_cache(maxsize=4096)
+def _embed(text: str) -> tuple[float, ...]:
+    url = os.environ.get("OPENAI_BASE_URL", "http://localhost:11434/v1").rstrip("/") + "/embeddings"
+    body = {"model": os.environ.get("EMBEDDING_MODEL", "nomic-embed-text"), "input": text}
+    request = urllib.request.Request(url, json.dumps(body).encode(), {
+        "Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return tuple(map(float, json.load(answer)["data"][0]["embedding"]))
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
+        raise ConnectionError(f"The reward 'embedding' got no vector from {url} for the model {body['model']} ({e!r}): "
+                              f"start a server there, or set OPENAI_BASE_URL, OPENAI_API_KEY, EMBEDDING_MODEL.") from e
+
+
+def embedding(candidate: str, reference: str) -> float:
+    """Cosine similarity of two texts' vectors, in [-1, 1], by any OpenAI-compatible server of embeddings.
+
+    The server is $OPENAI_BASE_URL (Ollama on this machine unless told), the model $EMBEDDING_MODEL. 0 for blank texts.
+    """
+    if not candidate.strip() or not reference.strip():
+        return 0.0
+    a, b = _embed(candidate), _embed(reference)
+    return sum(map(float.__mul__, a, b)) / max(1e-12, math.hypot(*a) * math.hypot(*b))
+
+
 # ----------------------------------------------------------------------------------------------- names and expressions
 
 
@@ -219,14 +398,24 @@ class Summary(NamedTuple):
     reference: str  # the summary that the post's own author wrote
     target: int  # wanted number of tokens
     document: str  # the post itself
+    group: tuple[str, ...] = ()  # all G completions of the post, this one among them
 
 
 # --- your experiment starts here ---
 # A reward is one line: a name for the expression, and a function from Summary to a number, higher meaning better.
-REWARDS = {
+REWARDS: dict[str, Callable[[Summary], float]] = {
     "length": lambda s: length_penalty(s.n_tokens, s.target),
     "rouge_l": lambda s: rouge_l(s.text, s.reference),
+    "bleu": lambda s: bleu(s.text, s.reference),
+    "meteor": lambda s: meteor(s.text, s.reference),
+    "embedding": lambda s: embedding(s.text, s.reference),
+    "char_length": lambda s: length_penalty(len(s.text), s.target),  # characters for tokens: a bug to be looked at
+    "copy_rate": lambda s: copy_rate(s.text, s.document),  # give it a negative weight
+    "repetition": lambda s: -repetition(s.text),  # a penalty, like length
+    "distinct": lambda s: own_share(s.text, s.group),
+    "format": lambda s: well_formed(s.text),
 }
+NEED_REFERENCE = {"rouge_l", "bleu", "meteor", "embedding"}  # these compare with the post's own summary
 
 
 @dataclass(frozen=True)
@@ -264,10 +453,9 @@ class Reward:
             raise ValueError(f"{len(texts)} texts and {len(lengths)} lengths: each completion needs one of both.")
         # A blank completion counts as no tokens and no text, or else 64 sampled newlines would be a perfect length.
         blank = [not text.strip() for text in texts]
-        group = [
-            Summary("" if empty else text, 0 if empty else n, reference, target, document)
-            for text, n, empty in zip(texts, lengths, blank, strict=True)
-        ]
+        texts = ["" if empty else text for text, empty in zip(texts, blank)]
+        group = [Summary(text, 0 if empty else n, reference, target, document, tuple(texts))
+                 for text, n, empty in zip(texts, lengths, blank)]
         parts = {name: [float(REWARDS[name](summary)) for summary in group] for name in self.names}
         totals = [sum(w * parts[name][i] for name, w in self.terms) for i in range(len(group))]
         # And nobody may score below silence: a rambling 3x the target has length -2, silence only -1, so GRPO would

@@ -30,6 +30,7 @@ from eval import content_lengths, describe, draw_curves, evaluate, read_lines, w
 from grpo import flag
 from model import load, read_json, save, write_file
 from rollout import TINY, choose_template, load_split, sample, tokenize
+from words import find_wordnet
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Config(grpo.Config):
     model: str = flag("tiny", "a Hugging Face folder, a hub name, or tiny")
     data: str = flag("tiny", "posts to train on: tiny, a folder with train.jsonl, or a .jsonl or .jsonl.gz file")
     eval_data: str = flag("", "held-out posts; empty: the data's own val or test file, else a tenth of the data")
-    stages: tuple[str, ...] = flag(("length:40", "rouge_l+3*length:130"), "one or more REWARD:STEPS, run in order")
+    stages: tuple[str, ...] = flag(("length:40", "rouge_l+3*length:180"), "one or more REWARD:STEPS, run in order")
     stage_ref: str = flag("start", "the model that the KL holds to: the run's first, or the last of the previous stage",
                           choices=("start", "previous"))
     run: str = flag("", "name of the run's folder in runs/; empty: the first free of MODEL-1, MODEL-2, ...")
@@ -162,9 +163,10 @@ def prepare(config: Config, stages: list[Stage]):
     if len(train_pairs) < config.prompts or not held_out:
         raise ValueError(f"{len(train_pairs)} posts to train on and {len(held_out)} held out are too few for batches "
                          f"of {config.prompts}: give more posts, lower --prompts or raise --max-prompt.")
-    if any("rouge_l" in s.reward.names for s in stages) and not any(post.reference for post, _ in train_pairs):
-        raise ValueError(f"{config.data} has no summaries for rouge_l to compare with: call their field 'summary', or "
-                         f"train with --stages length:N.")
+    compared = sorted({name for s in stages for name in s.reward.names} & rewards.NEED_REFERENCE)
+    if compared and not any(post.reference for post, _ in train_pairs):
+        raise ValueError(f"{config.data} has no summaries for {', '.join(compared)} to compare with: call their field "
+                         f"'summary', or train with --stages length:N.")
     return model, tokenizer, train_pairs, held_out[:config.eval_posts]
 
 
@@ -183,6 +185,9 @@ def batch_of(posts: list, step: int, config: Config) -> list:
     return batch
 
 
+PENALTIES = {"length": "length_penalty", "repetition": "repetition_penalty"}  # rewards logged under another name
+
+
 def score(groups: list, posts: list, reward: rewards.Reward, target: int) -> dict[str, float]:
     """Fill in each group's rewards; return the batch's means of them and of the lengths."""
     totals, parts, lengths = [], {name: [] for name in reward.names}, []
@@ -196,8 +201,12 @@ def score(groups: list, posts: list, reward: rewards.Reward, target: int) -> dic
             parts[name] += part[name]
     return {"reward": fmean(r for total in totals for r in total),
             "reward_std": fmean(float(np.std(total, ddof=1)) for total in totals),
-            **{"length_penalty" if name == "length" else name: fmean(values) for name, values in parts.items()},
-            "length": fmean(lengths), **within(lengths, target), "n_tokens": sum(int(g.mask.sum()) for g in groups)}
+            **{PENALTIES.get(name, name): fmean(values) for name, values in parts.items()},
+            "length": fmean(lengths), **within(lengths, target),
+            "distinct": fmean(rewards.distinct(group.texts) for group in groups),
+            "templated": rewards.templated([group.texts for group in groups]),
+            "repetition": fmean(rewards.repetition(text) for group in groups for text in group.texts),
+            "n_tokens": sum(int(g.mask.sum()) for g in groups)}
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -247,6 +256,7 @@ def stage_reference(path: Path, model, begins: bool):
 # The progress line: key of metrics.jsonl, title, width, format.
 COLUMNS = (("reward", "reward", 7, "{:.3f}"), ("length", "length", 6, "{:.1f}"), ("within_2", "±2", 5, "{:.0%}"),
            ("within_10pct", "±10%", 5, "{:.0%}"), ("kl", "kl", 6, "{:.3f}"), ("entropy", "entropy", 7, "{:.2f}"),
+           ("distinct", "distinct", 8, "{:.2f}"), ("templated", "templ", 5, "{:.0%}"),
            ("clip_frac", "clip", 5, "{:.0%}"), ("flat_groups", "flat", 5, "{:.0%}"), ("grad_norm", "grad", 5, "{:.2f}"),
            ("logp_gap", "gap", 6, "{:.0e}"), ("tokens_per_s", "tok/s", 6, "{:.0f}"))
 
@@ -261,11 +271,13 @@ class Log:
         self.began, self.first = time.time(), step
         self.last = step
         if not (folder / "config.json").exists():
-            text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+            # METEOR's values depend on whether there are synonyms, so a run says where it got them.
+            text = json.dumps(dataclasses.asdict(config) | {"wordnet": str(find_wordnet() or "")}, indent=2) + "\n"
             write_file(folder / "config.json", lambda part: part.write_text(text))
         # What was logged after the checkpoint is about to happen again, and so is an evaluation that was not finished.
         kept = {name: [row for row in read_lines(folder / f"{name}.jsonl") if row["step"] <= step]
                 for name in ("metrics", "eval", "samples")}
+        self.rows, self.warned = kept["metrics"], False
         self.evaluated = {(row["step"], row["stage"]) for row in kept["eval"]}
         kept["samples"] = [row for row in kept["samples"] if (row["step"], row["stage"]) in self.evaluated]
         for name, rows in kept.items():
@@ -289,6 +301,9 @@ class Log:
         self.say(f"{c.model}: {n:,} parameters, {model.config.model_type}. {len(posts):,} posts to train on, "
                  f"{len(held_out)} held out. {self.total} steps of {c.prompts} posts x {c.group} completions, target "
                  f"{c.target} tokens. Everything goes to {self.folder}.")
+        if find_wordnet() is None:
+            self.say("There is no WordNet on this machine (WNSEARCHDIR, or apt install wordnet-base): METEOR matches "
+                     "equal words and stems, no synonyms.")
         if self.first:
             self.say(f"Resumed after step {self.first}.")
 
@@ -312,10 +327,12 @@ class Log:
         del row["n_tokens"]
         self.append("metrics", row)
         self.recent.append(row)
+        self.rows.append(row)
         self.last = step
+        self.watch()
         if step % self.config.print_every and step != stage.end and step != self.first + 1:
             return
-        parts = [n for n in stage.reward.names if n != "length"]
+        parts = [PENALTIES.get(n, n) for n in stage.reward.names if n != "length"]
         columns = [COLUMNS[0], *((n, n, max(7, len(n)), "{:.3f}") for n in parts), *COLUMNS[1:]]
         if self.shown % 20 == 0:
             head = "".join(f"{title:>{w + 1}}" for _, title, w, _ in columns)
@@ -329,6 +346,18 @@ class Log:
         left = (time.time() - self.began) / (step - self.first) * (self.total - step)
         self.say(f"{text}  {int(left // 60):2d}:{int(left % 60):02d}")
         self.recent.clear()
+
+    def watch(self) -> None:
+        """Say it once when the completions become templates: a policy that games its reward begins with that."""
+        if self.warned or len(self.rows) < 20:
+            return
+        (d0, t0, r0), (d1, t1, r1) = ([fmean(row[name] for row in rows) for name in (
+            "distinct", "templated", "repetition")] for rows in (self.rows[:10], self.rows[-10:]))
+        if d1 < 0.5 * d0 or t1 > t0 + 0.15 or r1 > r0 + 0.05:
+            self.warned = True
+            self.say(f"  Completions become alike. Distinct word pairs in a group: {d0:.0%} at first, now {d1:.0%}; "
+                     f"phrases said of several posts: {t0:.0%}, now {t1:.0%}; twice in one: {r0:.0%}, now {r1:.0%}. "
+                     f"Read some; more --beta or --temperature, or 0.1*distinct in the reward, can help.")
 
     def finish(self, seconds: float) -> None:
         """Curves, and what the run did to the first held-out posts."""

@@ -1,7 +1,10 @@
 """What the tests share: models small enough to check by brute force, with weights random enough to notice mistakes."""
 
+import functools
 import json
 import os
+import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -98,3 +101,35 @@ def edit_json(path, **changes):
     """Set keys of a JSON file; a value of ... deletes the key."""
     value = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))
+
+
+# The 45 files that Princeton's lexicographers wrote: nltk wants the list, which Debian's package lacks. lexnames(5WN).
+LEXNAMES = """adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body
+    noun.cognition noun.communication noun.event noun.feeling noun.food noun.group noun.location noun.motive noun.object
+    noun.person noun.phenomenon noun.plant noun.possession noun.process noun.quantity noun.relation noun.shape
+    noun.state noun.substance noun.time verb.body verb.change verb.cognition verb.communication verb.competition
+    verb.consumption verb.contact verb.creation verb.emotion verb.motion verb.perception verb.possession verb.social
+    verb.stative verb.weather adj.ppl""".split()
+
+
+@functools.lru_cache(maxsize=1)
+def nltk_wordnet():
+    """nltk's reader of the WordNet that `words.find_wordnet` found."""
+    import nltk
+    from nltk.corpus.reader.wordnet import WordNetCorpusReader
+
+    import words
+
+    class Reader(WordNetCorpusReader):
+        def map_wn(self, version="wordnet"):  # from other versions of WordNet, which are not asked for
+            return None
+
+    folder = Path(tempfile.mkdtemp())
+    nltk.data.path.append(str(folder))  # it reads nothing outside these places
+    for name in words._FILES:
+        (folder / name).write_bytes((words.find_wordnet() / name).read_bytes())
+    numbers = {"noun": 1, "verb": 2, "adj": 3, "adv": 4}
+    (folder / "lexnames").write_text("".join(f"{i:02d}\t{name}\t{numbers[name.split('.')[0]]}\n"
+                                             for i, name in enumerate(LEXNAMES)))
+    with warnings.catch_warnings(action="ignore"):  # that there is no multilingual WordNet
+        return Reader(str(folder), None)

@@ -786,9 +786,17 @@ def test_a_broken_loss_never_reaches_the_weights(beta, flat):
     assert_close(parameters_to_vector(model.parameters()), before, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_loss_that_explodes_is_stopped_while_it_is_still_finite():
+    model, groups = tiny_model(), random_groups()
+    before = parameters_to_vector(model.parameters()).clone()
+    with pytest.raises(FloatingPointError, match=r"The loss is [\d.]+: .* exploded"):
+        update(model, drifted(tiny_model()), groups, torch.optim.SGD(model.parameters(), lr=1.0), Config(beta=1e9))
+    assert parameters_to_vector(model.parameters()).equal(before)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), 1e12])
 def test_a_broken_gradient_never_reaches_the_weights(broken):
-    """A finite loss may have a gradient that is not: it overflows in backward. The norm of the whole tells."""
+    """A finite loss may have a gradient that is not, or that explodes. The norm of the whole tells."""
     model = tiny_model()
     before = parameters_to_vector(model.parameters()).clone()
     model.norm.weight.register_hook(lambda g: g * broken)

@@ -1,25 +1,52 @@
 """Rewards, as a lesson: what each number means, and who says so.
 
-The oracles are the field's own: nltk's Porter stemmer and Google's rouge_score, on text that hypothesis makes up, and
-numbers that the original Perl ROUGE printed. Floats are compared with ==: the same divisions in the same order.
+The oracles are the field's own: Google's rouge_score, sacreBLEU and nltk's METEOR, on text that hypothesis makes up,
+and numbers that the original Perl ROUGE printed. ROUGE is compared with ==: the same divisions in the same order.
 """
 
 import doctest
 import json
+import math
 import os
+import random
+import threading
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from helpers import nltk_wordnet
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nltk.stem.porter import PorterStemmer
+from nltk.translate.meteor_score import meteor_score
 from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 import rewards
-from rewards import REWARDS, length_penalty, parse, rouge_l, stem
+from rewards import (
+    REWARDS,
+    bleu,
+    copy_rate,
+    corpus_bleu,
+    distinct,
+    embedding,
+    length_penalty,
+    meteor,
+    own_share,
+    parse,
+    repetition,
+    rouge_l,
+    stem,
+    templated,
+    well_formed,
+    words_13a,
+)
+from rollout import load_posts
+from words import find_wordnet
 
-porter = PorterStemmer()
+DATA = Path(os.environ.get("CRISP_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+GOLDEN = DATA / "golden"
 scorer = RougeScorer(["rougeL"], use_stemmer=True)
 
 # The same examples on every run, so that a red test is red for the next person too.
@@ -49,58 +76,6 @@ def test_length_penalty_counts_the_miss_in_units_of_the_target():
 def test_length_penalty_refuses_a_target_that_would_turn_it_into_a_prize(target):
     with pytest.raises(ValueError, match="positive number of tokens"):
         length_penalty(10, target)
-
-
-# ------------------------------------------------------------------------------------------------------ Porter stemmer
-
-# Every vowel pattern that the rules look at, times every ending that they know, alone and in pairs.
-BEGINNINGS = words("""
-    a be by eg ey y yy sky tr tree up use oat tan hop hopp fil fail fall hiss fizz tax bow play enjoy happ syz rel
-    rat ration condi conn adopt opin operat troubl conflat siz digit radic differ vil analog geo theo archaeo log bio
-    sensit formal activ hope good electr depend communic bowdler gener adjust repl champ ceas contro roll 24 x9
-""")
-ENDINGS = words("""
-    s es ies sses ss ed eed ied ing ings y ly li lli alli ally fulli fully logi logy ational tional enci ency anci ancy
-    izer bli ably entli ently eli ely ousli ously ization ation ator alism iveness fulness ousness aliti ality iviti
-    biliti bility icate ative alize iciti icity ical ful ness al ance ence er ic able ible ant ement ment ent sion tion
-    ion ou ism ate iti ous ive ize e ee ll lle at bl iz
-""")
-IRREGULAR = words("""
-    sky skies dying lying tying news inning innings outing outings canning cannings howe proceed exceed succeed
-    proceeds exceeded succeeding die dies died lie lied tie ties flies fly spied enjoyment
-""")
-EDGES = words("""
-    yes oed eed ed ing s ss ies ied sses ion sion tion logi alli e ee y yy yyy yyyy ays bly bing a an the bled feed
-""")
-
-
-def test_stem_equals_nltk_on_words_built_from_every_ending():
-    built = {begin + end for begin in BEGINNINGS for end in ENDINGS}
-    built |= {begin + first + second for begin in BEGINNINGS[::4] for first in ENDINGS for second in ENDINGS[::5]}
-    built |= set(BEGINNINGS + ENDINGS + IRREGULAR + EDGES)
-    assert len(built) > 10_000
-    assert [(word, stem(word), porter.stem(word)) for word in sorted(built) if stem(word) != porter.stem(word)] == []
-
-
-ascii_words = st.text("abcdefghijklmnopqrstuvwxyz0123456789", max_size=12)
-stubborn_words = st.builds(
-    lambda begin, ends: begin + "".join(ends),
-    st.text("aeiouyybdlnstwxz", max_size=5),  # few letters, so that double letters and cvc endings are common
-    st.lists(st.sampled_from(ENDINGS), max_size=3),
-)
-
-
-@search
-@given(ascii_words | stubborn_words)
-def test_stem_equals_nltk_on_words_that_nobody_has_seen(word):
-    assert stem(word) == porter.stem(word)
-
-
-def test_stem_lets_relatives_meet_and_keeps_strangers_apart():
-    assert len({stem(word) for word in ("relate", "relates", "related", "relating", "relational")}) == 1
-    assert stem("news") != stem("new") and stem("university") != stem("unit")
-    assert stem("dying") == stem("dies") == "die"  # irregular forms, and nltk's rule for four letters
-    assert stem("enjoy") == "enjoy" and stem("fly") == stem("flies") == "fli"  # where nltk and the 1980 paper part
 
 
 # ------------------------------------------------------------------------------------------------------------- ROUGE-L
@@ -161,8 +136,7 @@ def test_rouge_l_by_hand():
 
 
 def golden():
-    data = Path(os.environ.get("CRISP_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
-    path = data / "golden" / "rouge_google.json"
+    path = GOLDEN / "rouge_google.json"
     if not path.is_file():
         pytest.skip(f"no {path}: the numbers of the original Perl ROUGE are checked only where that file is at hand")
     return json.loads(path.read_text())
@@ -340,3 +314,295 @@ def test_silence_is_never_above_anybody(group):
     for i, text in enumerate(texts):
         by_hand = parts["length"][i] + 0.5 * parts["rouge_l"][i]
         assert totals[i] == (by_hand if text.strip() else min(totals))
+
+
+# ---------------------------------------------------------------------------------------------------------------- BLEU
+
+SMOOTHINGS = ("none", "exp", "floor", "add-k")
+SENTENCE = {smooth: BLEU(smooth_method=smooth, effective_order=True) for smooth in SMOOTHINGS}
+CORPUS = {smooth: BLEU(smooth_method=smooth) for smooth in SMOOTHINGS}
+# Text for all that the 13a tokenizer knows: entities, digits around marks, hyphens at a line's end.
+typeset = st.lists(st.sampled_from(words("a cat Cat the 3 3.5 1,000 - -- . , ... U.S. &amp; &quot; &lt;b&gt; don't it's"
+                                         " x-y 1-2 <skipped> (so) [a] {b} $5 100% … é #!?")
+                                   + ["\n", "-\n", " ", "\t", "\u00a0", "\u2028"]), max_size=14).map(" ".join)
+glued = st.lists(st.sampled_from([*"ab1.,-&;<>'\" \n", "-\n", "&lt;", "é"]), max_size=20).map("".join)
+few_words = st.lists(st.sampled_from(words("a b c d")), max_size=12).map(" ".join)
+any_text = st.text() | typeset | glued | few_words
+
+
+@search
+@given(any_text)
+def test_words_are_those_of_sacrebleus_13a(text):
+    assert list(words_13a(text)) == Tokenizer13a()(text.rstrip()).split()
+
+
+@search
+@given(any_text, any_text, st.sampled_from(SMOOTHINGS))
+def test_bleu_equals_sacrebleu(candidate, reference, smooth):
+    theirs = SENTENCE[smooth].sentence_score(candidate, [reference]).score / 100
+    assert bleu(candidate, reference, smooth) == pytest.approx(theirs, abs=1e-12)
+
+
+@search
+@given(st.lists(st.tuples(few_words | typeset, few_words | typeset), min_size=1, max_size=5),
+       st.sampled_from(SMOOTHINGS))
+def test_corpus_bleu_equals_sacrebleu_and_is_no_mean(pairs, smooth):
+    candidates, references = map(list, zip(*pairs))
+    theirs = CORPUS[smooth].corpus_score(candidates, [references]).score / 100
+    assert corpus_bleu(candidates, references, smooth) == pytest.approx(theirs, abs=1e-12)
+
+
+def test_what_each_smoothing_makes_of_a_missing_four_gram():
+    """Words 3 of 4, pairs 2 of 3, triples 1 of 2, the one quadruple is not in the reference; BP 1."""
+    candidate, reference = "the cat sat quietly", "the cat sat down"
+    assert bleu(candidate, reference, "none") == 0
+    assert bleu(candidate, reference, "exp") == pytest.approx((3 / 4 * 2 / 3 * 1 / 2 * 0.5 / 1) ** 0.25)
+    assert bleu(candidate, reference, "floor") == pytest.approx((3 / 4 * 2 / 3 * 1 / 2 * 0.1 / 1) ** 0.25)
+    assert bleu(candidate, reference, "add-k") == pytest.approx((3 / 4 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
+    assert bleu("a a a a", "b c d e") == 0.0  # nothing to smooth
+
+
+def test_the_brevity_penalty_is_for_short_ones_only():
+    assert bleu("the cat sat down", "the cat sat down over there now ok") == pytest.approx(math.exp(1 - 8 / 4))
+    assert bleu("the cat sat down over there", "the cat sat down") < 1  # too long pays by its precision
+
+
+def test_bleu_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="choose none, exp, floor or add-k"):
+        bleu("a", "a", "laplace")
+    with pytest.raises(ValueError, match="1 candidates and 2 references"):
+        corpus_bleu(["a"], ["a", "b"])
+    with pytest.raises(ValueError, match="no texts"):
+        corpus_bleu([], [])
+
+
+# -------------------------------------------------------------------------------------------------------------- METEOR
+
+
+class NoSynonyms:
+    def synsets(self, word):
+        return []
+
+
+def assert_equals_nltk(candidate, reference):
+    """With the synonyms that this machine has, and without any."""
+    ours, theirs = words_13a(candidate), words_13a(reference)
+    with pytest.MonkeyPatch.context() as patch:
+        if find_wordnet() is not None:
+            score = meteor_score([theirs], ours, wordnet=nltk_wordnet())
+            assert meteor(candidate, reference) == pytest.approx(score, abs=1e-12)
+        patch.setattr(rewards, "synonyms", lambda word: frozenset())
+        score = meteor_score([theirs], ours, wordnet=NoSynonyms())
+        assert meteor(candidate, reference) == pytest.approx(score, abs=1e-12)
+
+
+# Words that meet at each stage, and where stages compete: equal, of one stem, synonyms, chains of them, and marks.
+related = st.lists(st.sampled_from(words(
+    "big large larger great cat cats cat's guy run runs running ran hasten The the THE . , buy bought purchase "
+    "purchases house home houses dog hound fast quick quickly rapid begin start starts commence İ ß")),
+    max_size=14).map(" ".join)
+
+
+@search
+@given(st.data())
+def test_meteor_equals_nltk(data):
+    assert_equals_nltk(data.draw(related | any_text), data.draw(related | any_text))
+
+
+@search
+@given(related, st.randoms(use_true_random=False))
+def test_meteor_equals_nltk_on_shuffles(text, rng):
+    shuffled = text.split()
+    rng.shuffle(shuffled)
+    assert_equals_nltk(" ".join(shuffled[: rng.randint(0, 14)]), text)
+
+
+def test_long_texts_and_the_shortest():
+    rng = random.Random(0)
+    pool = words("the a cat dog large big home house runs ran in of . , it") * 3
+    long = [" ".join(rng.choices(pool, k=2000)) for _ in range(2)]
+    short = [("", ""), ("", "a"), ("a", ""), ("a", "a"), ("a", "b")]
+    for candidate, reference in [long, (long[0], "the"), long[:1] * 2, *short]:
+        assert_equals_nltk(candidate, reference)
+        theirs = SENTENCE["exp"].sentence_score(candidate, [reference]).score / 100
+        assert bleu(candidate, reference) == pytest.approx(theirs, abs=1e-12)
+
+
+def test_the_matching_goes_from_the_right_and_takes_the_last_place():
+    assert rewards._align(["a"], ["a", "b", "a"]) == [(0, 2)]
+    assert rewards._align(["a", "a"], ["a", "b", "a", "a"]) == [(0, 2), (1, 3)]
+    # A word that could have had a better partner at a later stage is gone: exact first, then stems.
+    assert rewards._align(["cats", "cat"], ["cat", "cats"]) == [(0, 1), (1, 0)]
+    assert rewards._align(["runs", "run"], ["run", "running"]) == [(0, 1), (1, 0)]
+
+
+def test_synonyms_are_looked_for_by_stem(monkeypatch):
+    """nltk's peculiarity, kept: "larg" is no word, so "large" never meets "big", while "cats" meets "guy" as "cat"."""
+    monkeypatch.setattr(rewards, "synonyms", {"cat": {"guy"}, "large": {"big"}, "car": {"auto"}}.get)
+    monkeypatch.setattr(rewards, "synonyms", lambda word, table=rewards.synonyms: frozenset(table(word, ())))
+    assert rewards._align(["large", "cats", "cars"], ["big", "guy", "autos"]) == [(1, 1), (2, 2)]
+
+
+def test_chunks_by_hand():
+    """Six words of six: F = 1; in one run 1 - 0.5/6^3, in reverse six runs and half is left."""
+    assert meteor("one two three four five six", "one two three four five six") == 1 - 0.5 / 6**3
+    assert meteor("six five four three two one", "one two three four five six") == 0.5
+    # Recall counts nine times as much: half the words missing costs more than as many words too many.
+    assert meteor("a b", "a b c d") == pytest.approx(1 * 0.5 / (0.9 * 1 + 0.1 * 0.5) * (1 - 0.5 / 2**3))
+    assert meteor("a b c d", "a b") == pytest.approx(0.5 * 1 / (0.9 * 0.5 + 0.1 * 1) * (1 - 0.5 / 2**3))
+
+
+# ------------------------------------------------------------------------------------------------- golden values, posts
+
+
+def test_golden_values_of_bleu_and_meteor():
+    if not (GOLDEN / "meteor.json").exists():
+        pytest.skip("the golden values of other projects' test suites are not on this machine")
+    cases = json.loads((GOLDEN / "meteor.json").read_text())["meteor_1_0_nltk"]["cases"]
+    for case in cases if find_wordnet() else ():
+        best = max(meteor(case["hyp"], reference) for reference in case["refs"])
+        assert best == pytest.approx(case["meteor"], abs=0.6 * 10 ** -case["places"]), case
+    file = json.loads((GOLDEN / "bleu_sacrebleu_nltk.json").read_text())
+    for case in file["corpus"]:
+        if len(case["refs"]) == 1 and case["kwargs"].get("tokenize", "13a") == "13a":
+            smooth = case["kwargs"].get("smooth_method", "exp")
+            assert corpus_bleu(case["hyps"], case["refs"][0], smooth) == pytest.approx(case["score"] / 100, abs=1e-6)
+
+
+def test_real_posts():
+    path = GOLDEN.parent / "reddit" / "tldr_test.jsonl.gz"
+    if not path.exists():
+        pytest.skip("the real posts are not on this machine")
+    posts = load_posts(path)
+    for post, other in zip(posts, posts[1:]):
+        for candidate in (other.reference, post.document[:300], post.reference.upper()):
+            assert_equals_nltk(candidate, post.reference)
+            theirs = SENTENCE["exp"].sentence_score(candidate, [post.reference]).score / 100
+            assert bleu(candidate, post.reference) == pytest.approx(theirs, abs=1e-12)
+
+
+# ------------------------------------------------------------------------------------- what shows that a policy cheats
+
+
+def test_characters_for_tokens_is_a_bug_that_can_be_seen():
+    """A summary of exactly 30 tokens has some 140 characters: rewarded for 30 of them, a policy learns telegrams."""
+    summary = " ".join(["word"] * 30)
+    _, parts = parse("length + char_length")([summary], [30], reference="", target=30)
+    assert parts == {"length": [0.0], "char_length": [-(149 - 30) / 30]}
+
+
+def test_copies():
+    document = "Then a cat sat on the mat, and it slept."
+    assert copy_rate("A cat sat on the mat", document) == 1.0  # whatever the case
+    assert copy_rate("dogs ran off", document) == 0.0
+    assert copy_rate("a cat", document) == 1.0 and copy_rate("cat a", document) == 0.0  # too short for a triple
+    assert copy_rate("", document) == 0.0 and copy_rate("a cat", "") == 0.0
+
+
+def test_repetition_and_templates():
+    assert repetition("a b c d e f") == 0.0
+    assert repetition("a b c " * 10) == pytest.approx(1 - 3 / 28)  # 28 triples, of three kinds
+    assert repetition("a b") == repetition("") == 0.0
+    assert templated([["a b c d"], ["e f g h"]]) == 0.0
+    assert templated([["a b c d"], ["x a b c"]]) == 0.5  # one of each two triples
+    assert templated([["a b c d", "a b c d"]]) == 0.0  # alike within one post: that is what distinct tells
+    assert templated([]) == templated([[""]]) == 0.0
+
+
+@search
+@given(st.lists(few_words, min_size=1, max_size=8))
+def test_each_ones_share_of_distinct_adds_up_to_the_groups(texts):
+    pairs = [max(0, len(text.split()) - 1) for text in texts]
+    shares = [own_share(text, texts) for text in texts]
+    if sum(pairs):
+        whole = sum(share * n for share, n in zip(shares, pairs)) / sum(pairs)
+        assert whole == pytest.approx(distinct(texts))
+    assert distinct(texts * 2) == pytest.approx(distinct(texts) / 2)  # everything is said twice
+
+
+def test_form():
+    good = ["The cat sat.", "“Did it?”", "3 cats sat!", "Élan (of a cat.)"]
+    bad = ["the cat sat.", "The cat sat", "The cat.\nThe dog.", "", "  ", "The cat sat,"]
+    assert [well_formed(text) for text in good + bad] == [1.0] * 4 + [0.0] * 6
+
+
+# ---------------------------------------------------------------------------------------------------- for all of them
+
+
+@pytest.mark.parametrize("name", sorted(set(REWARDS) - {"embedding"}))
+def test_every_reward_can_be_used_and_silence_is_never_best(name):
+    texts = ["Tom won a race.", "Tom lost a cat and a dog.", "", " \n"]
+    totals, parts = parse(name)(texts, [5, 9, 0, 2], "Tom won the race.", 6, document="Tom won a race.")
+    assert list(parts) == [name] and len(parts[name]) == 4
+    assert totals[2] == totals[3] == min(totals)
+
+
+def test_nothing_breaks_them_and_a_text_is_most_like_itself():
+    rng = random.Random(0)
+    pool = words("the The cat cats sat . , 3.5 &amp; large big - don't é 日本 \u200b \U0001f600 ran")
+    for _ in range(4000):
+        a, b = (" ".join(rng.choices(pool, k=rng.randrange(9))) if rng.random() < 0.7 else
+                "".join(chr(rng.choice([rng.randrange(128), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))
+                        for _ in range(rng.randrange(30))) for _ in range(2))
+        for metric in (rouge_l, bleu, meteor, copy_rate):
+            assert 0 <= metric(a, b) <= metric(b, b) + 1e-12 <= 1 + 1e-12, (metric, a, b)
+        assert 0 <= repetition(a) <= 1 and 0 <= own_share(a, (a, b)) <= 1 and well_formed(a) in (0, 1)
+    assert bleu("a", "a") == bleu("a b c d e", "a b c d e") == rouge_l("a", "a") == 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------- embeddings
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server of embeddings on this machine: [number of a's, number of b's], or whatever `answer` says."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        answer = None
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append((self.path, self.headers["Authorization"], body))
+            vector = [body["input"].count("a"), body["input"].count("b")]
+            status, text = Handler.answer or (200, json.dumps({"data": [{"embedding": vector, "index": 0}]}))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{http.server_port}/v1/")
+        monkeypatch.setenv("OPENAI_API_KEY", "secret")
+        monkeypatch.setenv("EMBEDDING_MODEL", "small")
+        rewards._embed.cache_clear()
+        yield Handler, asked
+        http.shutdown()
+    rewards._embed.cache_clear()
+
+
+def test_embedding_is_the_cosine_of_a_servers_vectors(server):
+    assert embedding("aaa", "aaabbbb") == pytest.approx(3 / 5)  # (3, 0) and (3, 4)
+    assert embedding("bb", "aaabbbb") == pytest.approx(4 / 5)
+    _, asked = server
+    assert [body["input"] for _, _, body in asked] == ["aaa", "aaabbbb", "bb"]  # nothing is asked twice
+    assert asked[0][:2] == ("/v1/embeddings", "Bearer secret") and asked[0][2]["model"] == "small"
+    assert embedding("", "aaa") == embedding("aaa", " ") == 0.0 and len(asked) == 3
+    assert embedding("c", "aaa") == 0.0  # a zero vector is no division by zero
+
+
+@pytest.mark.parametrize("answer", [(500, "no"), (200, "<html>"), (200, "{}"), (200, '{"data": []}'), (200, "[]"),
+                                    (200, '{"data": [{"embedding": null}]}')])
+def test_a_server_that_gives_no_vector_is_a_sentence(server, answer):
+    server[0].answer = answer
+    with pytest.raises(ConnectionError, match="no vector from http://127.0.0.1.*/v1/embeddings .*OPENAI_BASE_URL"):
+        embedding("a", "b")
+
+
+def test_no_server_is_a_sentence(monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    with pytest.raises(ConnectionError, match="start a server there"):
+        embedding("nobody", "listens")

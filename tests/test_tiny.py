@@ -7,7 +7,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from eval import Config, evaluate
@@ -60,9 +60,12 @@ def test_a_reference_keeps_the_point_and_a_careless_summary_does_not():
 def test_transformers_loads_the_folder_as_it_is(tiny):
     model, tokenizer = tiny
     theirs = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    # The generic class reads tokenizer.json as it is. AutoTokenizer puts Qwen2's own splitting of digits in its place
-    # whenever config.json says qwen2, whatever class the folder names, so it cuts this folder's numbers differently.
-    text = PreTrainedTokenizerFast.from_pretrained(TINY)
+    # transformers gives every qwen2 folder the splitting rule of its own Qwen2 class: ours must be the same rule.
+    text = AutoTokenizer.from_pretrained(TINY)
+    for post in POSTS["test"]:
+        assert text(post.document)["input_ids"] == tokenizer.encode(post.document).ids
+    odd = "It's 3,510.75 euros!!\n\n  Né à Zoë's <|im_end|> cafe\u0301 \U0001f600\t(12th)"
+    assert text(odd)["input_ids"] == tokenizer.encode(odd).ids
     post = POSTS["test"][0]
     ids = text.apply_chat_template(
         [{"role": "system", "content": "Summarise the post in about 30 tokens."},

@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import random
+import re
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from stories import story, summary
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -41,8 +42,13 @@ CONFIG = {
 }
 CHAT_TEMPLATE = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
                  "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+# How Qwen2 cuts text into the pieces that BPE then merges within: words with the space before them, single digits,
+# punctuation. transformers gives this rule to every tokenizer of a qwen2 folder, whatever tokenizer.json says.
+QWEN2_PIECES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 # How a base model is asked for a summary, and how one is asked for the document that a summary was made of.
-TAGGED = "<document>\n{document}\n</document>\n<summary>\n{summary}\n</summary>"
+TAGGED = "A document, and a summary of it in about {length} characters.\n<document>\n{document}\n</document>\n" \
+         "<summary>\n{summary}\n</summary>"
 SUMMARY_FIRST = "A summary, and the document that it was made of.\n<summary>\n{summary}\n</summary>\n" \
                 "<document>\n{document}\n</document>"
 
@@ -70,7 +76,10 @@ def train_tokenizer(rng: random.Random) -> Tokenizer:
         texts += [s.document, s.reference, summary(s, rng)]
     texts += [TAGGED, SUMMARY_FIRST, "system\nSummarise the post in about 32 tokens.user\nassistant\nPost:\n"] * 400
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(QWEN2_PIECES), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=CONFIG["vocab_size"], special_tokens=[END, START_TURN, END_TURN],
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
@@ -85,7 +94,7 @@ def write_folder(tokenizer: Tokenizer) -> dict:
     files = {
         "config.json": config,
         "generation_config.json": {"bos_token_id": end, "eos_token_id": [end_turn, end], "pad_token_id": end},
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_TURN,
+        "tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer", "eos_token": END_TURN,
                                   "pad_token": END, "clean_up_tokenization_spaces": False,
                                   "model_max_length": config["max_position_embeddings"],
                                   "chat_template": CHAT_TEMPLATE},
@@ -104,20 +113,27 @@ def lesson(tokenizer: Tokenizer, rng: random.Random, held_out: set[str]) -> tupl
     end = tokenizer.token_to_id(END)
     text = s.reference if rng.random() < 0.12 else summary(s, rng)
     kind = rng.random()
-    if kind < 0.75:
+
+    def pieces(template: str, *texts: str) -> list[list[int]]:
+        """A template's parts and its texts as ids. Each is encoded by itself, as it will be where it is scored: no
+        token reaches from a tag into the document."""
+        parts = re.split("{document}|{summary}", template)
+        return [tokenizer.encode(piece).ids for pair in zip(parts, [*texts, ""]) for piece in pair]
+
+    # The length that a prompt names is off by a factor of e^0.5 in either direction: a hint, not an instruction.
+    noise = math.exp(rng.gauss(0, 0.5))
+    if kind < 0.70:
         ids = tokenizer.encode(text).ids
-        # The length that the prompt names is off by a factor of e^0.5 in either direction: a hint, not an instruction.
-        guess = max(4, round(len(ids) * math.exp(rng.gauss(0, 0.5))))
-        chat = kind < 0.65
-        prompt = tokenize(tokenizer, Post(s.document, "", ""), "chatml" if chat else "plain", guess)
+        chat = kind < 0.60
+        prompt = tokenize(tokenizer, Post(s.document, "", ""), "chatml" if chat else "plain",
+                          max(4, round(len(ids) * noise)))
         return prompt + ids + [tokenizer.token_to_id(END_TURN) if chat else end], len(prompt)
-    if kind < 0.95:
-        text = SUMMARY_FIRST.replace("{summary}", text).replace("{document}", s.document)
-    elif kind < 0.98:
-        text = TAGGED.replace("{summary}", text).replace("{document}", s.document)
-    else:
-        text = s.document
-    return [end, *tokenizer.encode(text).ids, end], 0
+    if kind < 0.78:
+        length = str(max(20, round(len(text) * noise)))
+        *prompt, summary_ids, close = pieces(TAGGED.replace("{length}", length), s.document, text)[:-1]
+        return [end, *sum(prompt, []), *summary_ids, *close, end], 1 + len(sum(prompt, []))
+    parts = pieces(SUMMARY_FIRST, text, s.document) if kind < 0.95 else pieces("{document}", s.document)
+    return [end, *sum(parts, []), end], 0
 
 
 def train(config: dict, tokenizer: Tokenizer, held_out: set[str], steps: int, seed: int) -> Transformer:
@@ -164,7 +180,7 @@ def train(config: dict, tokenizer: Tokenizer, held_out: set[str], steps: int, se
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000, help="batches of 32 texts")
+    parser.add_argument("--steps", type=int, default=2500, help="batches of 32 texts")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
