@@ -268,8 +268,7 @@ class Log:
         self.folder, self.config, self.stages, self.total = folder, config, stages, stages[-1].end
         self.recent: list[dict] = []
         self.shown = 0
-        self.began, self.first = time.time(), step
-        self.last = step
+        self.first = self.last = step
         if not (folder / "config.json").exists():
             # METEOR's values depend on whether there are synonyms, so a run says where it got them.
             text = json.dumps(dataclasses.asdict(config) | {"wordnet": str(find_wordnet() or "")}, indent=2) + "\n"
@@ -343,7 +342,7 @@ class Log:
             values = [row[name] for row in self.recent if row[name] is not None]
             value = (max if name == "logp_gap" else fmean)(values) if values else None
             text += f"{'-' if value is None else form.format(value):>{w + 1}}"
-        left = (time.time() - self.began) / (step - self.first) * (self.total - step)
+        left = fmean(row["seconds"] for row in self.rows[-20:]) * (self.total - step)
         self.say(f"{text}  {int(left // 60):2d}:{int(left % 60):02d}")
         self.recent.clear()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from helpers import nltk_wordnet
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nltk.translate.meteor_score import meteor_score
 from rouge_score.rouge_scorer import RougeScorer
@@ -325,13 +325,15 @@ CORPUS = {smooth: BLEU(smooth_method=smooth) for smooth in SMOOTHINGS}
 typeset = st.lists(st.sampled_from(words("a cat Cat the 3 3.5 1,000 - -- . , ... U.S. &amp; &quot; &lt;b&gt; don't it's"
                                          " x-y 1-2 <skipped> (so) [a] {b} $5 100% … é #!?")
                                    + ["\n", "-\n", " ", "\t", "\u00a0", "\u2028"]), max_size=14).map(" ".join)
-glued = st.lists(st.sampled_from([*"ab1.,-&;<>'\" \n", "-\n", "&lt;", "é"]), max_size=20).map("".join)
+glued = st.lists(st.sampled_from([*"ab1.,-&;<>'\" \n", "-\n", "&lt;", "&amp;", "lt;", "quot;", "é"]), max_size=20)
+glued = glued.map("".join)
 few_words = st.lists(st.sampled_from(words("a b c d")), max_size=12).map(" ".join)
 any_text = st.text() | typeset | glued | few_words
 
 
 @search
 @given(any_text)
+@example("&amp;lt;b&amp;quot;")  # a name within a name: only in the script's order is it read twice
 def test_words_are_those_of_sacrebleus_13a(text):
     assert list(words_13a(text)) == Tokenizer13a()(text.rstrip()).split()
 
@@ -339,6 +341,17 @@ def test_words_are_those_of_sacrebleus_13a(text):
 @search
 @given(any_text, any_text, st.sampled_from(SMOOTHINGS))
 def test_bleu_equals_sacrebleu(candidate, reference, smooth):
+    theirs = SENTENCE[smooth].sentence_score(candidate, [reference]).score / 100
+    assert bleu(candidate, reference, smooth) == pytest.approx(theirs, abs=1e-12)
+
+
+short = st.lists(st.sampled_from(words("a b")), max_size=3).map(" ".join)
+
+
+@search
+@given(short, few_words, st.sampled_from(SMOOTHINGS))
+def test_bleu_equals_sacrebleu_on_texts_without_a_four_gram(candidate, reference, smooth):
+    """The mean is over the orders that there are: all of the one word, half of the pairs... not a fourth of them."""
     theirs = SENTENCE[smooth].sentence_score(candidate, [reference]).score / 100
     assert bleu(candidate, reference, smooth) == pytest.approx(theirs, abs=1e-12)
 
@@ -360,6 +373,7 @@ def test_what_each_smoothing_makes_of_a_missing_four_gram():
     assert bleu(candidate, reference, "floor") == pytest.approx((3 / 4 * 2 / 3 * 1 / 2 * 0.1 / 1) ** 0.25)
     assert bleu(candidate, reference, "add-k") == pytest.approx((3 / 4 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
     assert bleu("a a a a", "b c d e") == 0.0  # nothing to smooth
+    assert bleu("a b", "a c") == pytest.approx((1 / 2 * 0.5 / 1) ** 0.5)  # two words have no triples: a square root
 
 
 def test_the_brevity_penalty_is_for_short_ones_only():
@@ -422,6 +436,7 @@ def test_long_texts_and_the_shortest():
     pool = words("the a cat dog large big home house runs ran in of . , it") * 3
     long = [" ".join(rng.choices(pool, k=2000)) for _ in range(2)]
     short = [("", ""), ("", "a"), ("a", ""), ("a", "a"), ("a", "b")]
+    short += [("Straße", "strasse"), ("&AMP; A", "& a"), ("<SKIPPED>", "a")]  # lower-cased, no more, and after cutting
     for candidate, reference in [long, (long[0], "the"), long[:1] * 2, *short]:
         assert_equals_nltk(candidate, reference)
         theirs = SENTENCE["exp"].sentence_score(candidate, [reference]).score / 100
@@ -455,18 +470,40 @@ def test_chunks_by_hand():
 # ------------------------------------------------------------------------------------------------- golden values, posts
 
 
-def test_golden_values_of_bleu_and_meteor():
-    if not (GOLDEN / "meteor.json").exists():
+def from_golden(name):
+    if not (GOLDEN / name).exists():
         pytest.skip("the golden values of other projects' test suites are not on this machine")
-    cases = json.loads((GOLDEN / "meteor.json").read_text())["meteor_1_0_nltk"]["cases"]
-    for case in cases if find_wordnet() else ():
+    return json.loads((GOLDEN / name).read_text())
+
+
+def test_golden_values_of_meteor():
+    if find_wordnet() is None:
+        pytest.skip("these numbers count synonyms, and there is no WordNet on this machine")
+    cases = from_golden("meteor.json")["meteor_1_0_nltk"]["cases"]
+    assert cases
+    for case in cases:
         best = max(meteor(case["hyp"], reference) for reference in case["refs"])
         assert best == pytest.approx(case["meteor"], abs=0.6 * 10 ** -case["places"]), case
-    file = json.loads((GOLDEN / "bleu_sacrebleu_nltk.json").read_text())
-    for case in file["corpus"]:
-        if len(case["refs"]) == 1 and case["kwargs"].get("tokenize", "13a") == "13a":
-            smooth = case["kwargs"].get("smooth_method", "exp")
-            assert corpus_bleu(case["hyps"], case["refs"][0], smooth) == pytest.approx(case["score"] / 100, abs=1e-6)
+
+
+def test_golden_values_of_bleu():
+    """Those with one reference, 13a's words (or none that it would cut), and the constants of our smoothings."""
+    file, ours = from_golden("bleu_sacrebleu_nltk.json"), {"floor": 0.1, "add-k": 1}
+    sentences = [case for case in file["sentence_effective_order"]
+                 if case["tokenize"] == "13a" and case["smooth_value"] in (None, ours.get(case["smooth_method"]))]
+    assert {case["smooth_method"] for case in sentences} == set(SMOOTHINGS)
+    for case in sentences:  # printed with three to five decimals, from 0 to 100
+        score = bleu(case["hyp"], case["ref"], case["smooth_method"])
+        assert score == pytest.approx(case["score"] / 100, abs=1e-5), case
+    for case in file["raw_corpus_floor_default_0.1"]:
+        [candidate], [[reference]] = case["hyps"], case["refs"]
+        assert rewards._matches(candidate, reference)[2:] == (case["counts"], case["totals"])
+        assert bleu(candidate, reference, "floor") == pytest.approx(case["score"] / 100, abs=1e-9)
+    for case in file["from_statistics"]:
+        score = rewards._bleu(case["sys_len"], case["ref_len"], case["counts"], case["totals"], "none", False)
+        assert score == pytest.approx(case["score"] / 100, abs=1e-9)
+    zero = file["sentence_zero"]
+    assert [bleu(zero["hyp"], zero["ref"], smooth) for smooth in zero["smooth_methods"]] == [0.0] * 4
 
 
 def test_real_posts():
@@ -497,6 +534,13 @@ def test_copies():
     assert copy_rate("dogs ran off", document) == 0.0
     assert copy_rate("a cat", document) == 1.0 and copy_rate("cat a", document) == 0.0  # too short for a triple
     assert copy_rate("", document) == 0.0 and copy_rate("a cat", "") == 0.0
+
+
+@search
+@given(typeset | few_words, st.integers(0, 20), st.integers(1, 20))
+def test_an_excerpt_is_a_copy(document, start, n):
+    excerpt = " ".join(document.split()[start : start + n])
+    assert copy_rate(excerpt, " ".join(document.split())) == bool(words_13a(excerpt))
 
 
 def test_repetition_and_templates():
@@ -540,14 +584,30 @@ def test_every_reward_can_be_used_and_silence_is_never_best(name):
 def test_nothing_breaks_them_and_a_text_is_most_like_itself():
     rng = random.Random(0)
     pool = words("the The cat cats sat . , 3.5 &amp; large big - don't é 日本 \u200b \U0001f600 ran")
-    for _ in range(4000):
+    for _ in range(5000):
         a, b = (" ".join(rng.choices(pool, k=rng.randrange(9))) if rng.random() < 0.7 else
                 "".join(chr(rng.choice([rng.randrange(128), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))
                         for _ in range(rng.randrange(30))) for _ in range(2))
         for metric in (rouge_l, bleu, meteor, copy_rate):
             assert 0 <= metric(a, b) <= metric(b, b) + 1e-12 <= 1 + 1e-12, (metric, a, b)
+        assert (bleu(b, b), rouge_l(b, b)) == (bool(words_13a(b)), bool(rewards._tokens(b))), b  # 1, to the last digit
         assert 0 <= repetition(a) <= 1 and 0 <= own_share(a, (a, b)) <= 1 and well_formed(a) in (0, 1)
-    assert bleu("a", "a") == bleu("a b c d e", "a b c d e") == rouge_l("a", "a") == 1.0
+
+
+@pytest.mark.parametrize("name", sorted(REWARDS))
+def test_a_name_is_what_it_says_and_needs_what_it_says(name, monkeypatch):
+    """The measures are not symmetric: who swaps text and reference, or reference and document, gets other numbers."""
+    monkeypatch.setattr(rewards, "_embed", lambda text: tuple(float(text.count(letter)) for letter in "abcd"))
+    text, reference, document, other = "a b c a b c", "a b c d a a", "x a b c a y", "d d a c"
+    expected = {
+        "length": -(8 - 6) / 8, "char_length": -(11 - 8) / 8, "embedding": (2 * 3 + 2 * 1 + 2 * 1) / 12,
+        "rouge_l": rouge_l(text, reference), "bleu": bleu(text, reference), "meteor": meteor(text, reference),
+        "copy_rate": 3 / 4, "repetition": -1 / 4, "distinct": (4 * 1 / 2 + 1) / 5, "format": 0.0,
+    }
+    _, parts = parse(name)([text, other], [6, 4], reference, 8, document)
+    assert parts[name][0] == pytest.approx(expected[name])
+    _, elsewhere = parse(name)([text, other], [6, 4], "nothing of it", 8, document)
+    assert (parts != elsewhere) == (name in rewards.NEED_REFERENCE)
 
 
 # ---------------------------------------------------------------------------------------------------------- embeddings
@@ -592,6 +652,9 @@ def test_embedding_is_the_cosine_of_a_servers_vectors(server):
     assert asked[0][:2] == ("/v1/embeddings", "Bearer secret") and asked[0][2]["model"] == "small"
     assert embedding("", "aaa") == embedding("aaa", " ") == 0.0 and len(asked) == 3
     assert embedding("c", "aaa") == 0.0  # a zero vector is no division by zero
+    totals, _ = parse("embedding")(["b", "aaa", " ", "bb"], [1, 1, 1, 1], reference="aaabbbb", target=1)
+    assert totals == pytest.approx([0.8, 0.6, 0.0, 0.8])  # for silence nobody is asked
+    assert " " not in [body["input"] for _, _, body in asked]
 
 
 @pytest.mark.parametrize("answer", [(500, "no"), (200, "<html>"), (200, "{}"), (200, '{"data": []}'), (200, "[]"),
@@ -604,5 +667,5 @@ def test_a_server_that_gives_no_vector_is_a_sentence(server, answer):
 
 def test_no_server_is_a_sentence(monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    with pytest.raises(ConnectionError, match="start a server there"):
+    with pytest.raises(ConnectionError, match="start a server there.*OPENAI_BASE_URL, OPENAI_API_KEY, EMBEDDING_MODEL"):
         embedding("nobody", "listens")

@@ -148,6 +148,17 @@ def test_a_small_wordnet_by_hand(small, monkeypatch):
         assert synonyms(nothing) == frozenset()
 
 
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 50])
+def test_a_line_is_found_wherever_it_stands(n):
+    """The first, the last, and not the neighbour that only begins alike."""
+    lemmas = sorted({f"{'abcab'[i % 5]}{'-' * (i % 7)}{i}" for i in range(n)})
+    index = "  1 A licence.  \n" + "".join(f"{lemma} n {i}  \n" for i, lemma in enumerate(lemmas))
+    for i, lemma in enumerate(lemmas):
+        assert module._look_up(index.encode(), lemma) == [lemma, "n", str(i)]
+        for near in {lemma[:-1], lemma + "0", lemma + "-", "~" + lemma, "!"} - set(lemmas) - {""}:
+            assert module._look_up(index.encode(), near) == []
+
+
 def test_where_wordnet_is_looked_for(small, tmp_path, monkeypatch):
     monkeypatch.delenv("WNSEARCHDIR", raising=False)
     monkeypatch.setattr(module, "_places", lambda: iter([tmp_path / "nowhere", small]))
@@ -205,6 +216,25 @@ def test_synonyms_equal_nltks_over_wordnet(theirs):
     tried += [rng.choice(lemmas) + end for end in words("s es ed ing er est ies ves men ches") for _ in range(60)]
     tried += ["u.s.", "o'clock", "cat-o'-nine-tails", "naïve", "dog\u0301", "'s", "-", "a", "zzz"]
     assert [word for word in tried if synonyms(word) != names(theirs, word)] == []
+
+
+short_words = st.text("abcdefghilmnoprstuwy", max_size=4)  # so short that many of them are words
+
+
+@search
+@given(st.builds(str.__add__, short_words, st.sampled_from(["", *words("s es ed ing er est ses ies ves men")]))
+       | st.text("ab1.-'_/()*", max_size=5) | st.text(max_size=5).map(lambda text: "".join(text.lower().split())))
+def test_synonyms_equal_nltks_on_words_that_nobody_has_seen(theirs, word):
+    assert synonyms(word) == names(theirs, word)
+
+
+def test_every_line_of_the_index_is_found(theirs):
+    rng = random.Random(0)
+    for pos in ("noun", "verb", "adj", "adv"):
+        index = module._wordnet()[f"index.{pos}"]
+        lines = [line for line in index.decode().splitlines() if not line.startswith(" ")]
+        for line in [lines[0], lines[-1], *rng.sample(lines, 1500)]:
+            assert module._look_up(index, line.split()[0]) == line.split()
 
 
 def test_stem_equals_nltk_on_every_word_of_wordnet(theirs):
