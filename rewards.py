@@ -135,9 +135,10 @@ def _ngrams(words: Sequence[str], n: int) -> Iterable[tuple[str, ...]]:
 
 
 @lru_cache(maxsize=1024)
-def _counts(reference: str) -> list[Counter]:
-    """How often each n-gram stands in the reference, for n = 1..4."""
-    return [Counter(_ngrams(words_13a(reference), n)) for n in (1, 2, 3, 4)]
+def _counts(reference: str) -> list[tuple[Counter, frozenset]]:
+    """How often each n-gram stands in the reference, and which ones do, for n = 1..4."""
+    counts = [Counter(_ngrams(words_13a(reference), n)) for n in (1, 2, 3, 4)]
+    return [(count, frozenset(count)) for count in counts]  # two sets are intersected without hashing tuples again
 
 
 def _matches(candidate: str, reference: str) -> tuple[int, int, list[int], list[int]]:
@@ -146,14 +147,14 @@ def _matches(candidate: str, reference: str) -> tuple[int, int, list[int], list[
     An n-gram matches at most as often as it stands in the reference, or "the the the" would be perfect.
     """
     words, correct, total = words_13a(candidate), [], []
-    for n, there in enumerate(_counts(reference), 1):
+    for n, (there, grams) in enumerate(_counts(reference), 1):
         total.append(max(0, len(words) - n + 1))
         here = set(_ngrams(words, n))
         if len(here) < total[-1]:  # some come twice
             counts = Counter(_ngrams(words, n))
-            correct.append(sum(min(counts[gram], there[gram]) for gram in here & there.keys()))
+            correct.append(sum(min(counts[gram], there[gram]) for gram in here & grams))
         else:
-            correct.append(len(here & there.keys()))
+            correct.append(len(here & grams))
     return len(words), len(words_13a(reference)), correct, total
 
 
