@@ -135,10 +135,9 @@ def _ngrams(words: Sequence[str], n: int) -> Iterable[tuple[str, ...]]:
 
 
 @lru_cache(maxsize=1024)
-def _counts(reference: str) -> list[tuple[Counter, frozenset]]:
-    """How often each n-gram stands in the reference, and which ones do, for n = 1..4."""
-    counts = [Counter(_ngrams(words_13a(reference), n)) for n in (1, 2, 3, 4)]
-    return [(count, frozenset(count)) for count in counts]  # two sets are intersected without hashing tuples again
+def _counts(reference: str) -> list[Counter]:
+    """How often each n-gram stands in the reference, for n = 1..4."""
+    return [Counter(_ngrams(words_13a(reference), n)) for n in (1, 2, 3, 4)]
 
 
 def _matches(candidate: str, reference: str) -> tuple[int, int, list[int], list[int]]:
@@ -147,14 +146,14 @@ def _matches(candidate: str, reference: str) -> tuple[int, int, list[int], list[
     An n-gram matches at most as often as it stands in the reference, or "the the the" would be perfect.
     """
     words, correct, total = words_13a(candidate), [], []
-    for n, (there, grams) in enumerate(_counts(reference), 1):
+    for n, there in enumerate(_counts(reference), 1):
         total.append(max(0, len(words) - n + 1))
-        here = set(_ngrams(words, n))
-        if len(here) < total[-1]:  # some come twice
-            counts = Counter(_ngrams(words, n))
-            correct.append(sum(min(counts[gram], there[gram]) for gram in here & grams))
+        # Few n-grams are found, and only those are worth counting. No pair found: no triple can be.
+        found = list(filter(there.__contains__, _ngrams(words, n))) if n == 1 or correct[-1] else []
+        if len(set(found)) < len(found):  # some come twice
+            correct.append(sum(min(count, there[gram]) for gram, count in Counter(found).items()))
         else:
-            correct.append(len(here & grams))
+            correct.append(len(found))
     return len(words), len(words_13a(reference)), correct, total
 
 
@@ -239,12 +238,12 @@ def _align(candidate: Sequence[str], reference: Sequence[str]) -> list[tuple[int
         for j, word in free.items():
             places.setdefault(word, []).append(j)
         for i, word in reversed(list(left.items())):
-            fit = places.keys() & synonyms(word) if stage == "synonym" else (word,) if word in places else ()
-            if fit:
-                last = max(fit, key=lambda k: places[k][-1])
-                j = places[last].pop()
-                if not places[last]:
-                    del places[last]
+            if stage == "synonym":
+                word = max(places.keys() & synonyms(word), key=lambda k: places[k][-1], default=None)
+            if word in places:
+                j = places[word].pop()
+                if not places[word]:
+                    del places[word]
                 pairs.append((i, j))
                 del left[i], free[j]
         if not left or not free:
