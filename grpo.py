@@ -237,8 +237,9 @@ def update(model: Transformer, reference: Transformer | None, groups: Sequence, 
     The metrics: loss, kl (k3, nats a token), entropy (nats a token), clip_frac, ratio, grad_norm, flat_groups (share
     of groups whose rewards are all equal), logp_gap (largest difference between the sampler's log-probabilities and
     ours); with several updates, those of the last one. Without a reference (None) there is no KL, whatever
-    `config.beta` says. Raises FloatingPointError when the loss or the gradient is NaN or above EXPLODED (the weights
-    are then as they were before this optimizer step), or when a weight is not finite after it.
+    `config.beta` says; under LoRA the model is its own reference. Raises FloatingPointError when the loss or the
+    gradient is NaN or above EXPLODED (the weights are then as they were before this optimizer step), or when a weight
+    is not finite after it.
     """
     A = advantages(torch.stack([g.rewards for g in groups]), config.advantage)  # [B, G]
     flat = (A == 0).all(1)  # [B]
@@ -259,7 +260,8 @@ def update(model: Transformer, reference: Transformer | None, groups: Sequence, 
                 logp, entropy = group_logprobs(model, m.prompts, m.tokens, m.mask, config.temperature)
                 if epoch == 0:
                     if beta:
-                        with torch.no_grad():
+                        # Under LoRA the reference is the policy itself without its adapters: no second copy.
+                        with torch.no_grad(), reference.adapters_off():
                             m.ref_logp, _ = group_logprobs(reference, m.prompts, m.tokens, m.mask, config.temperature)
                     gap = (logp.detach() - m.sampler_logp).abs().max().item()
                     metrics["logp_gap"] = max(metrics["logp_gap"], gap)

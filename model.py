@@ -10,15 +10,17 @@ one key, hd head size.
 """
 
 import json
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -102,6 +104,24 @@ def read_config(raw: dict, where: str, generation: dict | None = None) -> Config
 # --- the layers ------------------------------------------------------------------------------------------------------
 
 
+class Linear(nn.Linear):
+    """y = W x + b, and with an adapter (`add_lora`) y = W x + b + alpha/rank B A x."""
+
+    def __init__(self, size_in: int, size_out: int, bias: bool):
+        super().__init__(size_in, size_out, bias)
+        self.register_parameter("lora_A", None)  # [rank, in] once there is an adapter
+        self.register_parameter("lora_B", None)  # [out, rank]
+        self.scale, self.on = 0.0, True  # alpha / rank; whether the adapter is used
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)  # [..., out]
+        if self.lora_A is None or not self.on:
+            return y
+        # In the adapter's own precision: it is float32 over bf16 weights, or small updates would be rounded away.
+        down = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # [..., rank]
+        return y + (F.linear(down, self.lora_B) * self.scale).to(y.dtype)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019). In float32: bf16 squares lose the small features."""
 
@@ -174,10 +194,10 @@ class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
         if c.qk_norm:  # Qwen3: over each head's features, before the rotation
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
         self.qk_norm = c.qk_norm
@@ -202,9 +222,9 @@ class MLP(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -281,6 +301,22 @@ class Transformer(nn.Module):
     def head(self) -> Tensor:
         """The output matrix [V, D]; the embedding itself when the two are tied."""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """Inside, the model is its own base, bit for bit: the reference for free. No change without adapters.
+
+        A backward pass under `checkpointing` runs layers again, so it belongs inside as well.
+        """
+        layers = [m for m in self.modules() if isinstance(m, Linear)]
+        before = [m.on for m in layers]
+        try:
+            for m in layers:
+                m.on = False
+            yield
+        finally:
+            for m, on in zip(layers, before):
+                m.on = on
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """tokens [N, T] (mask [N, T]: True where a token is real) -> logits [N, T, V]."""
@@ -399,6 +435,105 @@ def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor, temperat
     return logp.view(targets.shape), entropy.view(targets.shape)
 
 
+# --- LoRA -------------------------------------------------------------------------------------------------------------
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def add_lora(model: Transformer, rank: int, alpha: float, targets: Sequence[str] = LORA_TARGETS, seed: int = 0) -> None:
+    """Freeze the model and give every projection named in `targets` an adapter to train (Hu et al. 2021, LoRA).
+
+        y = W x + alpha/rank B A x        A [rank, in] random, B [out, rank] zero: the first step begins at the base
+
+    A is drawn as in PEFT, uniform in +-1/sqrt(in). Adapters are float32 whatever the weights are. Their parameters are
+    called `....q_proj.lora_A`; an optimizer takes those that require a gradient.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+    known = dict.fromkeys(name.rpartition(".")[2] for name in layers)
+    unknown = [t for t in targets if t not in known]
+    if rank < 1 or not alpha > 0 or not targets or unknown:
+        raise ValueError(f"LoRA needs a rank of at least 1, an alpha above 0 and projections among {', '.join(known)}; "
+                         f"got rank {rank}, alpha {alpha} and {', '.join(unknown or targets) or 'no projection'}.")
+    if any(m.lora_A is not None for m in layers.values()):
+        raise ValueError("This model has adapters already: merge_lora them first.")
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, m in layers.items():
+        if name.rpartition(".")[2] in targets:
+            (out, size), device = m.weight.shape, m.weight.device
+            A = (torch.rand(rank, size, generator=generator) * 2 - 1) / math.sqrt(size)  # [rank, in]
+            m.lora_A = nn.Parameter(A.to(device))
+            m.lora_B = nn.Parameter(torch.zeros(out, rank, device=device))  # [out, rank]
+            m.scale = alpha / rank
+
+
+def effective_weight(m: Linear) -> Tensor:
+    """W + alpha/rank B A [out, in], in the dtype of W."""
+    if m.lora_A is None:
+        return m.weight
+    return (m.weight.to(m.lora_A.dtype) + m.scale * m.lora_B @ m.lora_A).to(m.weight.dtype)
+
+
+@torch.no_grad()
+def merge_lora(model: Transformer) -> None:
+    """Put W + alpha/rank B A where W was and drop the adapters: a plain model again, all of it trainable."""
+    for m in model.modules():
+        if isinstance(m, Linear):
+            m.weight.copy_(effective_weight(m))
+            m.lora_A = m.lora_B = None
+    model.requires_grad_(True)
+
+
+def save_adapters(model: Transformer, path: str | Path, base: str = "") -> None:
+    """Write the adapters alone, in PEFT's format; `base` is the name or folder of the model that they belong to."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.lora_A is not None}
+    if not layers:
+        raise ValueError("There are no adapters to save: add_lora first.")
+    first = next(iter(layers.values()))
+    rank = len(first.lora_A)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
+              "lora_alpha": first.scale * rank, "target_modules": sorted({n.rpartition(".")[2] for n in layers}),
+              "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
+    state = {f"base_model.model.model.{name}.{which}.weight": getattr(m, which).detach().cpu().contiguous()
+             for name, m in layers.items() for which in ("lora_A", "lora_B")}
+    write_files({
+        Path(path) / "adapter_model.safetensors": lambda part: save_file(state, part, metadata={"format": "pt"}),
+        Path(path) / "adapter_config.json": lambda part: part.write_text(json.dumps(config, indent=2) + "\n")})
+
+
+def load_adapters(model: Transformer, path: str | Path) -> None:
+    """Give the model the adapters of a PEFT folder, ready to be trained further; the rest of it is frozen."""
+    file, raw = Path(path) / "adapter_model.safetensors", read_json(Path(path) / "adapter_config.json")
+    wrong = [key for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern",
+                             "layer_replication", "lora_bias", "fan_in_fan_out") if raw.get(key)]
+    if raw.get("peft_type") != "LORA" or raw.get("bias", "none") != "none" or wrong:
+        raise ValueError(f"{path}/adapter_config.json asks for {', '.join(wrong) or 'another method than plain LoRA'}, "
+                         f"which crisp does not compute.")
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing: a PEFT folder needs it beside adapter_config.json.")
+    try:
+        state = load_file(file)
+    except SafetensorError as e:
+        raise ValueError(f"{file} is not a whole safetensors file ({e}): copy it again.") from e
+    names = {}  # (module, lora_A or lora_B) -> key. The file's names decide: `target_modules` may be a pattern
+    for key in state:
+        name = key.removeprefix("base_model.model.").removeprefix("model.").removesuffix(".weight")
+        names[name.rpartition(".")[::2]] = key
+    add_lora(model, raw.get("r", 0), raw.get("lora_alpha", 0), list({name.rpartition(".")[2] for name, _ in names}))
+    for name, m in model.named_modules():
+        if isinstance(m, Linear) and m.lora_A is not None:
+            for which in ("lora_A", "lora_B"):
+                key = names.pop((name, which), None)
+                here = None if key is None else state[key]
+                if here is None or here.shape != getattr(m, which).shape:
+                    says = "lacks" if here is None else f"has another shape, {list(here.shape)}, for"
+                    raise ValueError(f"{file} {says} {name}.{which}: is it made for this model?")
+                with torch.no_grad():
+                    getattr(m, which).copy_(here)
+    if names:
+        raise ValueError(f"{file} holds '{next(iter(names.values()))}', which the model has no place for.")
+
+
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
@@ -509,10 +644,15 @@ def read_weights(folder: Path, model: Transformer, device: str, dtype: torch.dty
 
 
 def save(model: Transformer, tokenizer: Tokenizer | None, path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write a folder that transformers, vllm and mlx-lm load as it is; `dtype` None keeps the parameters' own."""
+    """Write a folder that transformers, vllm and mlx-lm load as it is; `dtype` None keeps the parameters' own.
+
+    Adapters are added to the weights that are written; the model keeps them.
+    """
     folder = Path(path)
-    state = {name if name.startswith("lm_head") else f"model.{name}": p.detach().to("cpu", dtype).contiguous()
-             for name, p in model.named_parameters()}
+    merged = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, Linear)}
+    state = {name if name.startswith("lm_head") else f"model.{name}":
+             (effective_weight(merged[name]) if name in merged else p).detach().to("cpu", dtype).contiguous()
+             for name, p in model.named_parameters() if not name.endswith(("lora_A", "lora_B"))}
     stored = str(next(iter(state.values())).dtype).removeprefix("torch.")
     raw = dict(model.raw_config)
     raw["dtype" if "dtype" in raw else "torch_dtype"] = stored

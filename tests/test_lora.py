@@ -1,0 +1,203 @@
+"""LoRA: a model that is trained through small adapters, and is its own base when they are switched off."""
+
+import json
+
+import pytest
+import torch
+from helpers import assert_same, byte_bpe, edit_json, gradients, refusal, tiny_model, tokens
+
+import grpo
+from model import Transformer, add_lora, load, load_adapters, merge_lora, save, save_adapters
+from rollout import Group
+
+FAMILIES = ("qwen2", "qwen3", "llama")
+
+
+def adapted(family="qwen2", seed=0, targets=("q_proj", "o_proj", "down_proj"), **more) -> Transformer:
+    """A model whose adapters have learnt something: both factors are random."""
+    model = tiny_model(family, seed, **more)
+    add_lora(model, 3, 6.0, targets)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_(0, 0.3, generator=generator)
+    return model
+
+
+def adapters_of(model) -> dict:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def folder_of(tmp_path, model, raw):
+    model.raw_config = raw
+    save(model, byte_bpe(), tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_projection_with_an_adapter_is_one_matrix_plus_a_product_of_two(family):
+    """y = x (W + alpha/rank B A)^T: the same model with those sums written into its weights gives the same logits."""
+    model, plain, x = adapted(family), tiny_model(family), tokens(2, 7)
+    with torch.no_grad():
+        for name, m in plain.named_modules():
+            if name.endswith(("q_proj", "o_proj", "down_proj")):
+                parameters = dict(model.named_parameters())
+                m.weight += 6.0 / 3 * parameters[f"{name}.lora_B"] @ parameters[f"{name}.lora_A"]
+    assert_same(model(x), plain(x), 1e-5)
+    assert (model(x) - tiny_model(family)(x)).abs().max() > 0.1  # the adapters do something
+
+
+def test_fresh_adapters_change_nothing_and_only_they_are_trained():
+    """B = 0: the first step starts at the base. A's gradient is then zero too, and B's is not."""
+    model, x = tiny_model(), tokens(2, 7)
+    before = model(x)
+    add_lora(model, 4, 8.0)
+    assert torch.equal(model(x), before)
+    trained = adapters_of(model)
+    assert len(trained) == 2 * 7 * 2 and all(name.endswith(("lora_A", "lora_B")) for name in trained)  # 7 on 2 layers
+    loss = model(x).logsumexp(-1).sum()
+    for name, g in zip(trained, torch.autograd.grad(loss, list(trained.values()))):
+        assert (g.abs().max() > 0) == name.endswith("lora_B"), name
+
+
+def test_with_the_adapters_off_the_model_is_its_base_bit_for_bit():
+    base, model, x = tiny_model(), adapted(), tokens(2, 7)
+    with model.adapters_off():
+        assert torch.equal(model(x), base(x))
+        with model.adapters_off():
+            pass
+        assert torch.equal(model(x), base(x))  # the inner one does not switch them on again
+    on = model(x)
+    assert not torch.equal(on, base(x))
+    with pytest.raises(KeyError), model.adapters_off():
+        raise KeyError
+    assert torch.equal(model(x), on)  # and an error does not leave them off
+    with base.adapters_off():  # a model without adapters has nothing to switch
+        assert base(x).shape == on.shape
+
+
+def test_the_gradient_of_the_adapters_is_the_chain_rule_through_the_whole_matrix():
+    """dL/dA = alpha/rank B^T dL/dW and dL/dB = alpha/rank dL/dW A^T, with W = W0 + alpha/rank B A."""
+    model, x = adapted().double(), tokens(2, 7)
+    trained = adapters_of(model)
+    loss = model(x).logsumexp(-1).square().sum()
+    ours = dict(zip(trained, torch.autograd.grad(loss, list(trained.values()))))
+    whole = adapted().double()
+    merge_lora(whole)
+    of_weights = gradients(whole, whole(x).logsumexp(-1).square().sum())
+    for name in {n.rpartition(".")[0] for n in trained}:
+        A, B, g = trained[f"{name}.lora_A"], trained[f"{name}.lora_B"], of_weights[f"{name}.weight"]
+        torch.testing.assert_close(ours[f"{name}.lora_A"], 2.0 * B.T @ g, rtol=1e-9, atol=1e-8)
+        torch.testing.assert_close(ours[f"{name}.lora_B"], 2.0 * g @ A.T, rtol=1e-9, atol=1e-8)
+
+
+def test_merging_gives_a_plain_model_with_the_same_logits():
+    model, x = adapted("qwen3"), tokens(2, 7)
+    with_adapters = model(x)
+    merge_lora(model)
+    assert_same(model(x), with_adapters, 1e-5)
+    assert all(p.requires_grad for p in model.parameters())
+    assert {n for n, _ in model.named_parameters()} == {n for n, _ in tiny_model("qwen3").named_parameters()}
+    add_lora(model, 2, 2.0)  # and it may be adapted anew
+
+
+def test_a_saved_model_has_its_adapters_in_its_weights(tmp_path):
+    from helpers import raw_config
+    model, x = adapted(), tokens(2, 7)
+    loaded, _ = load(folder_of(tmp_path, model, raw_config()))
+    assert_same(loaded(x), model(x), 1e-5)
+    assert len(adapters_of(model)) == 2 * 3 * 2  # which it keeps
+
+
+def test_adapters_over_bfloat16_weights_are_float32_and_do_not_lose_small_updates():
+    model = tiny_model(dtype=torch.bfloat16)
+    add_lora(model, 2, 4.0)
+    assert {p.dtype for p in adapters_of(model).values()} == {torch.float32}
+    assert model(tokens(1, 4)).dtype == torch.bfloat16
+    p = next(iter(adapters_of(model).values()))
+    before = p.detach().clone()
+    with torch.no_grad():
+        p.mul_(1 + 1e-4)  # bfloat16 has steps of 1/128
+    assert not torch.equal(p, before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_reads_our_adapters_and_we_read_peft_s(tmp_path, family):
+    from helpers import raw_config
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+    base, x = tiny_model(family), tokens(2, 7)
+    folder = folder_of(tmp_path, base, raw_config(family, torch_dtype="float32"))
+
+    ours = adapted(family)
+    save_adapters(ours, tmp_path / "ours", str(folder))
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "ours").eval()
+    assert_same(theirs(x).logits.detach(), ours(x).detach(), 1e-4)
+    with theirs.disable_adapter():
+        assert_same(theirs(x).logits.detach(), base(x).detach(), 1e-4)
+
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=["k_proj", "up_proj"], task_type="CAUSAL_LM")
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).eval()
+    torch.manual_seed(3)
+    for name, p in theirs.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    load_adapters(base, tmp_path / "theirs")
+    assert_same(theirs(x).logits.detach(), base(x).detach(), 1e-4)
+    assert sorted({n.split(".")[-2] for n in adapters_of(base)}) == ["k_proj", "up_proj"]
+
+
+def test_adapters_go_to_a_folder_and_come_back(tmp_path):
+    model, again, x = adapted(), tiny_model(), tokens(2, 7)
+    save_adapters(model, tmp_path / "a", "some/base")
+    load_adapters(again, tmp_path / "a")
+    assert torch.equal(again(x), model(x))
+    raw = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (raw["r"], raw["lora_alpha"], raw["base_model_name_or_path"]) == (3, 6.0, "some/base")
+
+
+def test_bad_adapters_are_refused_with_a_sentence(tmp_path):
+    assert "already" in refusal(ValueError, add_lora, adapted(), 2, 4.0)
+    assert "v_prj" in refusal(ValueError, add_lora, tiny_model(), 2, 4.0, ["v_prj"])
+    assert "lm_head" in refusal(ValueError, add_lora, tiny_model(), 2, 4.0, ["lm_head"])
+    for rank, alpha in ((0, 1.0), (2, 0.0), (2, float("nan"))):
+        assert "rank" in refusal(ValueError, add_lora, tiny_model(), rank, alpha)
+    assert "add_lora" in refusal(ValueError, save_adapters, tiny_model(), tmp_path / "none")
+    assert "missing" in refusal(FileNotFoundError, load_adapters, tiny_model(), tmp_path / "none")
+    folder = tmp_path / "a"
+    save_adapters(adapted(), folder)
+    assert "for" in refusal(ValueError, load_adapters, tiny_model(hidden_size=16), folder)  # of another width
+    assert "no place" in refusal(ValueError, load_adapters, tiny_model(num_hidden_layers=1), folder)
+    assert "lacks" in refusal(ValueError, load_adapters, tiny_model(num_hidden_layers=3), folder)
+    edit_json(folder / "adapter_config.json", use_dora=True)
+    assert "use_dora" in refusal(ValueError, load_adapters, tiny_model(), folder)
+    edit_json(folder / "adapter_config.json", use_dora=False)
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-20])
+    assert "whole" in refusal(ValueError, load_adapters, tiny_model(), folder)
+    weights.unlink()
+    assert "missing" in refusal(FileNotFoundError, load_adapters, tiny_model(), folder)
+
+
+def test_the_model_without_adapters_is_the_reference_of_an_update():
+    """The KL of one update, and the weights after it, are those with a separate copy of the base as the reference; the
+    base does not move, and the gradient never reaches it."""
+    def run(reference_of):
+        model = adapted()
+        groups = [Group(tokens(1, 5)[0], tokens(4, 6, seed=1), torch.ones(4, 6, dtype=torch.bool),
+                        torch.zeros(4, 6), torch.zeros(4, dtype=torch.bool), [""] * 4,
+                        rewards=torch.tensor([0.0, 1.0, 2.0, 5.0]))]
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        metrics = grpo.update(model, reference_of(model), groups, optimizer, grpo.Config(beta=0.5))
+        return model, metrics
+
+    model, own = run(lambda model: model)
+    other, copied = run(lambda model: tiny_model())
+    assert own == copied and own["kl"] > 0.01
+    for name, p in tiny_model().named_parameters():
+        assert torch.equal(dict(model.named_parameters())[name], p)
+    assert_same(dict(model.named_parameters()), dict(other.named_parameters()), 0.0)
+    assert not torch.equal(adapters_of(model)["layers.0.self_attn.q_proj.lora_A"],
+                           adapters_of(adapted())["layers.0.self_attn.q_proj.lora_A"])
