@@ -1,6 +1,7 @@
 """What a model is worth: greedy summaries of held-out posts, and what can be counted about them.
 
     python eval.py tiny runs/tiny-1            # any mix of model folders and runs, one row each
+    python eval.py squish --models tiny runs/tiny-2 --budgets 0.1,0.2           # the SQUISH benchmark: benchmark.py
 
 The training loop calls `evaluate` before, between and after its stages, on validation posts; this command takes the
 test posts.
@@ -8,6 +9,7 @@ test posts.
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +19,29 @@ import numpy as np
 
 from model import load, read_json, write_file
 from rewards import bleu, copy_rate, distinct, meteor, repetition, rouge_l, templated
-from rollout import TINY, Group, Post, choose_template, load_posts, load_split, sample, tokenize
+from rollout import TEMPLATES, TINY, Group, Post, choose_template, load_posts, load_split, sample, tokenize
+from squish import CLOSE, allowance, encode, ensemble, extract, fits, size
 
 
 @dataclass
 class Config:
-    """What an evaluation needs to know; `train.Config` has the same three names."""
+    """What an evaluation needs to know; `train.Config` has the same names."""
 
     target: int = 30  # wanted summary length, in tokens
     max_new_tokens: int = 0  # where a summary is cut; 0: twice the target
     template: str = ""  # of the prompt; "": whatever fits the tokenizer
+    budgets: str = "0.1,0.2"  # for SQUISH: sizes of a summary, shares of the document or numbers
+    budget_unit: str = "chars"
+
+
+def write(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, batch: int = 64, stop_text: str = "",
+          temperature: float = 0.0, seed: int = 0) -> list[Group]:
+    """One completion for each of many prompts, greedy unless told, in the prompts' order."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
+    groups = [group for at in range(0, len(order), batch)
+              for group in sample(model, [prompts[i] for i in order[at:at + batch]], 1, max_new_tokens, temperature,
+                                  seed=seed, tokenizer=tokenizer, stop_text=stop_text)]
+    return [group for _, group in sorted(zip(order, groups), key=lambda pair: pair[0])]
 
 
 def evaluate(model, tokenizer, posts: list[Post], config, batch: int = 64) -> dict:
@@ -39,31 +54,88 @@ def evaluate(model, tokenizer, posts: list[Post], config, batch: int = 64) -> di
     summary counts like any other: it is 0 tokens long.
     """
     template = config.template or choose_template(tokenizer)
-    rows = []
-    order = sorted(range(len(posts)), key=lambda i: len(posts[i].document))  # like lengths together: less padding
-    for at in range(0, len(order), batch):
-        some = [posts[i] for i in order[at:at + batch]]
-        prompts = [tokenize(tokenizer, post, template, config.target) for post in some]
-        groups = sample(model, prompts, 1, config.max_new_tokens or 2 * config.target, temperature=0.0,
-                        tokenizer=tokenizer)
-        rows += [{"id": post.id, "summary": group.texts[0], "length": content_lengths(group)[0],
-                  **{metric.__name__: metric(group.texts[0], post.reference) for metric in (rouge_l, meteor, bleu)},
-                  "stopped": bool(group.stopped[0])} for post, group in zip(some, groups)]
-    rows = [row for _, row in sorted(zip(order, rows), key=lambda pair: pair[0])]  # back to the order of the posts
-    lengths, texts = [row["length"] for row in rows], [row["summary"] for row in rows]
-    return {
-        "n": len(rows),
-        "length": fmean(lengths),
-        "length_std": pstdev(lengths),
-        **within(lengths, config.target),
-        **{name: fmean(row[name] for row in rows) for name in ("rouge_l", "meteor", "bleu")},
-        "stopped": fmean(row.pop("stopped") for row in rows),
-        "distinct": distinct(texts),
-        "templated": templated([[text] for text in texts]),
-        "repetition": fmean(map(repetition, texts)),
-        "copy_rate": fmean(copy_rate(text, post.document) for text, post in zip(texts, posts)),
-        "summaries": rows,
-    }
+    prompts = [tokenize(tokenizer, post, template, config.target) for post in posts]
+    groups = write(model, tokenizer, prompts, config.max_new_tokens or 2 * config.target, batch)
+    rows = [{"id": post.id, "summary": group.texts[0], "length": content_lengths(group)[0],
+             **{metric.__name__: metric(group.texts[0], post.reference) for metric in (rouge_l, meteor, bleu)}}
+            for post, group in zip(posts, groups)]
+    lengths = [row["length"] for row in rows]
+    return {"n": len(rows), "length": fmean(lengths), "length_std": pstdev(lengths), **within(lengths, config.target),
+            **{name: fmean(row[name] for row in rows) for name in ("rouge_l", "meteor", "bleu")},
+            "stopped": fmean(bool(group.stopped[0]) for group in groups),
+            **style([row["summary"] for row in rows], posts), "summaries": rows}
+
+
+def style(texts: list[str], posts: list[Post]) -> dict[str, float]:
+    """What shows stock phrases, stammering and copying in one summary of each post."""
+    return {"distinct": distinct(texts), "templated": templated([[text] for text in texts]),
+            "repetition": fmean(map(repetition, texts)),
+            "copy_rate": fmean(copy_rate(text, post.document) for text, post in zip(texts, posts))}
+
+
+def parse_budgets(text: str) -> list[float | int]:
+    """Sizes of a summary: "0.1,200" -> a tenth of the document, and 200 characters (or tokens)."""
+    try:
+        budgets = [float(b) if "." in b else int(b) for b in text.split(",")]
+    except ValueError:
+        budgets = [0]
+    if not all(0 < b < math.inf for b in budgets):
+        raise ValueError(f"--budgets {text}: write shares of the document with a point and sizes without, like "
+                         f"0.05,0.1,200.")
+    return budgets
+
+
+def ask(tokenizer, post: Post, config, budget: float | int) -> tuple[list[int], int]:
+    """The prompt that asks for a summary within the budget, and what the budget comes to for this post."""
+    target = int(allowance(tokenizer, post.document, budget, config.budget_unit))
+    unit = {"chars": "characters", "tokens": "tokens"}[config.budget_unit]
+    return tokenize(tokenizer, post, config.template or "tagged", target, unit), target
+
+
+def opened(config) -> bool:
+    """Whether the prompt ends inside <summary>, so that a completion begins there."""
+    return TEMPLATES[config.template or "tagged"].rstrip().endswith("<summary>")
+
+
+def room_for(tokenizer, posts: list[Post], config) -> int:
+    """Where to cut a completion and never a summary that keeps to its budget: half as much again, and the tag."""
+    longest = max(posts, key=lambda post: len(post.document)).document
+    most = max(allowance(tokenizer, longest, b, config.budget_unit) for b in parse_budgets(config.budgets))
+    if config.budget_unit == "chars":
+        most *= len(encode(tokenizer, longest).ids) / len(longest)
+    return 16 + math.ceil(1.5 * most)
+
+
+def evaluate_squish(model, tokenizer, posts: list[Post], config, references: list) -> dict:
+    """Greedy summaries of all posts within each of the budgets -> SQUISH@budget, and what became of the summaries.
+
+    For each budget b: squish@b, the mean over all posts, where a missing summary and one over budget count 0; over@b
+    and missing@b, the shares of those; used@b, the mean size of the summaries that there are, as a share of the budget.
+    Over all budgets: length in tokens, and what `style` finds; summaries, one row a post and budget. `references` are
+    (model, tokenizer) pairs that measure.
+    """
+    result, rows = {"n": len(posts)}, []
+    for budget in parse_budgets(config.budgets):
+        asked = [ask(tokenizer, post, config, budget) for post in posts]
+        groups = write(model, tokenizer, [prompt for prompt, _ in asked],
+                       config.max_new_tokens or room_for(tokenizer, posts, config), stop_text=CLOSE)
+        found = []
+        for post, group, (_, target) in zip(posts, groups, asked):
+            summary = extract(group.texts[0], opened(config))
+            value, = ensemble(references, post.document, [summary], budget, config.budget_unit)
+            used = size(tokenizer, summary or "", config.budget_unit) / max(1, target)
+            found.append({"id": post.id, "budget": budget, "summary": summary or "", "squish": value, "used": used,
+                          "over": bool(summary) and not fits(tokenizer, post.document, summary, budget,
+                                                             config.budget_unit),
+                          "missing": not summary, "length": int(group.lengths[0])})
+        result |= {f"squish@{budget}": fmean(row["squish"] for row in found),
+                   f"over@{budget}": fmean(row["over"] for row in found),
+                   f"missing@{budget}": fmean(row["missing"] for row in found),
+                   f"used@{budget}": fmean([row["used"] for row in found if not row["missing"]] or [0.0])}
+        rows += found
+    texts = [row["summary"] for row in rows]
+    return result | {"length": fmean(row["length"] for row in rows),
+                     **style(texts, posts * (len(texts) // len(posts))), "summaries": rows}
 
 
 def content_lengths(group: Group) -> list[int]:
@@ -82,6 +154,10 @@ def within(lengths: list[int], target: int) -> dict[str, float]:
 
 
 def describe(r: dict) -> str:
+    budgets = [name.partition("@")[2] for name in r if name.startswith("squish@")]
+    if budgets:
+        return "; ".join(f"SQUISH@{b} {r[f'squish@{b}']:.3f} (over budget {r[f'over@{b}']:.0%}, missing "
+                         f"{r[f'missing@{b}']:.0%})" for b in budgets) + f"; distinct {r['distinct']:.2f}"
     return (f"{r['within_10pct']:.0%} within ±10% of the target, {r['within_2']:.0%} within ±2 tokens; "
             f"length {r['length']:.1f} ± {r['length_std']:.1f}; ROUGE-L {r['rouge_l']:.3f}, METEOR {r['meteor']:.3f}, "
             f"BLEU {r['bleu']:.3f}; distinct {r['distinct']:.2f}")
@@ -98,7 +174,7 @@ def read_lines(path: Path) -> list[dict]:
     return rows
 
 
-def draw_curves(folder: Path, target: int, stage_ends: list[int]) -> None:
+def draw_curves(folder: Path, config, stage_ends: list[int]) -> None:
     """metrics.jsonl and eval.jsonl of a run -> its curves.png: faint lines are steps, thick ones means over nine."""
     import matplotlib
     matplotlib.use("Agg")  # a file, not a window
@@ -118,18 +194,27 @@ def draw_curves(folder: Path, target: int, stage_ends: list[int]) -> None:
         ax.set_title(title, fontsize=10)
 
     def dots(ax, name):
-        ax.plot([e["step"] for e in evals], [e[name] for e in evals], "o", color="C3", label="held out, greedy")
+        label = "held out, greedy" + name[name.find("@"):] * ("@" in name)
+        ax.plot([e["step"] for e in evals], [e[name] for e in evals], "o", label=label,
+                color=f"C{3 + len(ax.get_legend_handles_labels()[1])}")
         ax.legend(fontsize=8)
 
     curve(axes[0, 0], "reward", "reward of sampled completions")
-    curve(axes[0, 1], "length", f"length in tokens (target {target})")
-    axes[0, 1].axhspan(0.9 * target, 1.1 * target, color="C2", alpha=0.2)
-    dots(axes[0, 1], "length")
-    curve(axes[0, 2], "within_10pct", "share within ±10% of the target")
-    dots(axes[0, 2], "within_10pct")
-    curve(axes[1, 0], "rouge_l", "ROUGE-L")
-    dots(axes[1, 0], "rouge_l")
-    axes[1, 0].set_title("ROUGE-L F1", fontsize=10)
+    if rows and "over" in rows[0]:  # SQUISH: no length is wanted
+        curve(axes[0, 1], "squish", "SQUISH")
+        for b in config.budgets.split(","):
+            dots(axes[0, 1], f"squish@{parse_budgets(b)[0]}")
+        curve(axes[0, 2], "over", "share over budget")
+        curve(axes[1, 0], "length", "length in tokens")
+    else:
+        curve(axes[0, 1], "length", f"length in tokens (target {config.target})")
+        axes[0, 1].axhspan(0.9 * config.target, 1.1 * config.target, color="C2", alpha=0.2)
+        dots(axes[0, 1], "length")
+        curve(axes[0, 2], "within_10pct", "share within ±10% of the target")
+        dots(axes[0, 2], "within_10pct")
+        curve(axes[1, 0], "rouge_l", "ROUGE-L")
+        dots(axes[1, 0], "rouge_l")
+        axes[1, 0].set_title("ROUGE-L F1", fontsize=10)
     curve(axes[1, 1], "kl", "KL to the reference (nats a token)")
     curve(axes[1, 2], "entropy", "entropy (nats a token)")
     for ax in axes.flat:

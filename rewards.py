@@ -399,6 +399,14 @@ class Summary(NamedTuple):
     target: int  # wanted number of tokens
     document: str  # the post itself
     group: tuple[str, ...] = ()  # all G completions of the post, this one among them
+    measured: dict[str, float] = {}  # what a language model found out about it: squish.py's numbers, by name
+
+
+def _measured(summary: Summary, name: str) -> float:
+    if name not in summary.measured:
+        raise ValueError(f"The reward '{name}' is measured by a language model: pass measured={{'{name}': [...]}} with "
+                         f"the numbers of squish.{name}.")
+    return summary.measured[name]
 
 
 # --- your experiment starts here ---
@@ -414,8 +422,11 @@ REWARDS: dict[str, Callable[[Summary], float]] = {
     "repetition": lambda s: -repetition(s.text),  # a penalty, like length
     "distinct": lambda s: own_share(s.text, s.group),
     "format": lambda s: well_formed(s.text),
+    "squish": lambda s: _measured(s, "squish"),
+    "cost": lambda s: _measured(s, "cost"),  # bits of the summary itself, as a share of the document's
 }
 NEED_REFERENCE = {"rouge_l", "bleu", "meteor", "embedding"}  # these compare with the post's own summary
+NEED_MODEL = {"squish", "cost"}  # these are measured by a language model, see squish.py
 
 
 @dataclass(frozen=True)
@@ -439,9 +450,12 @@ class Reward:
         return text.removeprefix(" + ")
 
     def __call__(
-        self, texts: list[str], lengths: list[int], reference: str, target: int, document: str = ""
+        self, texts: list[str], lengths: list[int], reference: str, target: int, document: str = "",
+        measured: dict[str, list[float]] | None = None,
     ) -> tuple[list[float], dict[str, list[float]]]:
         """Score the G completions of one post: (totals [G], {name: values [G]}), the values without their weights.
+
+        `measured`: values [G] of the rewards in NEED_MODEL, which this file cannot compute.
 
             total_i = sum over names k of weight_k * value_k(completion i)
 
@@ -454,8 +468,9 @@ class Reward:
         # A blank completion counts as no tokens and no text, or else 64 sampled newlines would be a perfect length.
         blank = [not text.strip() for text in texts]
         texts = ["" if empty else text for text, empty in zip(texts, blank)]
-        group = [Summary(text, 0 if empty else n, reference, target, document, tuple(texts))
-                 for text, n, empty in zip(texts, lengths, blank)]
+        group = [Summary(text, 0 if empty else n, reference, target, document, tuple(texts),
+                         {name: values[i] for name, values in (measured or {}).items()})
+                 for i, (text, n, empty) in enumerate(zip(texts, lengths, blank))]
         parts = {name: [float(REWARDS[name](summary)) for summary in group] for name in self.names}
         totals = [sum(w * parts[name][i] for name, w in self.terms) for i in range(len(group))]
         # And nobody may score below silence: a rambling 3x the target has length -2, silence only -1, so GRPO would

@@ -119,6 +119,15 @@ TEMPLATES = {
               "<|im_start|>user\n{document}<|im_end|>\n<|im_start|>assistant\n",
     # For models that only continue text; the model ends with its end-of-text token.
     "plain": "Post:\n{document}\n\nSummary in about {target} tokens:\n",
+    # For SQUISH: the target is the budget, and the summary ends with </summary>. To a base model, with the tag opened;
+    # to a base model that may write what it likes first; and to a chat model.
+    "tagged": "A document, and a summary of it in at most {target} {unit}, about {goal}.\n<document>\n{document}\n"
+              "</document>\n<summary>\n",
+    "notes": "A document, then notes on what matters in it, then a summary in at most {target} {unit}, about {goal}, "
+             "between <summary> and </summary>.\n<document>\n{document}\n</document>\nNotes:\n",
+    "tagged_chatml": "<|im_start|>system\nSummarise the document in at most {target} {unit}, about {goal}. Write the "
+                     "summary, and nothing else, between <summary> and </summary>.<|im_end|>\n"
+                     "<|im_start|>user\n{document}<|im_end|>\n<|im_start|>assistant\n",
 }
 _MARKS = re.compile(r"(<\|im_start\|>|<\|im_end\|>)")
 
@@ -128,16 +137,16 @@ def choose_template(tokenizer: Tokenizer) -> str:
     return "plain" if tokenizer.token_to_id("<|im_start|>") is None else "chatml"
 
 
-def render(post: Post, template: str, target: int) -> str:
-    """The prompt as text.
+def render(post: Post, template: str, target: int, unit: str = "characters") -> str:
+    """The prompt as text. `target` is in tokens, and in `unit` where the template says {unit}.
 
     >>> render(Post("I lost a shoe.", "", "1"), "plain", 8)
     'Post:\\nI lost a shoe.\\n\\nSummary in about 8 tokens:\\n'
     """
-    return _fill(_template(template), post, target)
+    return _fill(_template(template), post, target, unit)
 
 
-def tokenize(tokenizer: Tokenizer, post: Post, template: str, target: int) -> list[int]:
+def tokenize(tokenizer: Tokenizer, post: Post, template: str, target: int, unit: str = "characters") -> list[int]:
     """The prompt as token ids [P], beginning with whatever the tokenizer itself puts first (a bos, or nothing).
 
     Only the template's own marks become control tokens. A post that spells `<|im_end|>` is a post about chat
@@ -154,7 +163,7 @@ def tokenize(tokenizer: Tokenizer, post: Post, template: str, target: int) -> li
                     raise ValueError(f"The tokenizer has no {piece}: take --template plain for this model.")
                 ids.append(mark)
             elif piece:
-                ids += tokenizer.encode(_fill(piece, post, target), add_special_tokens=False).ids
+                ids += tokenizer.encode(_fill(piece, post, target, unit), add_special_tokens=False).ids
     finally:
         tokenizer.encode_special_tokens = as_text
     return ids
@@ -166,8 +175,11 @@ def _template(name: str) -> str:
     return TEMPLATES[name]
 
 
-def _fill(text: str, post: Post, target: int) -> str:
-    return text.replace("{target}", str(target)).replace("{document}", post.document)  # last: it may spell {target}
+def _fill(text: str, post: Post, target: int, unit: str) -> str:
+    for name, value in (("{target}", str(target)), ("{goal}", str(round(0.9 * target))), ("{unit}", unit),
+                        ("{document}", post.document)):  # the document last: it may spell {target}
+        text = text.replace(name, value)
+    return text
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -184,22 +196,26 @@ class Group:
     stopped: Tensor  # [G] bool: ended by itself, and was not cut at max_new_tokens
     texts: list[str]  # G decoded completions, without the stop token
     rewards: Tensor | None = None  # [G], filled in by whoever scores the group
+    ending: Tensor | None = None  # [G] tokens that spell the stop text, 0 elsewhere; None without a stop text
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of content per completion [G]: the stop token is trained, but it is not part of the summary."""
-        return self.mask.sum(1) - self.stopped.long()
+        """Tokens of content per completion [G]: the stop is trained, but it is not part of the summary."""
+        ending = self.stopped.long() if self.ending is None else self.ending.maximum(self.stopped.long())  # [G]
+        return self.mask.sum(1) - ending
 
 
 @torch.no_grad()
 def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, temperature: float = 1.0,
            top_p: float = 1.0, top_k: int = 0, stop_ids: Sequence[int] | None = None, seed: int = 0,
-           tokenizer: Tokenizer | None = None) -> list[Group]:
+           tokenizer: Tokenizer | None = None, stop_text: str = "") -> list[Group]:
     """B prompts (sequences of token ids, any lengths) -> B groups of G completions.
 
     temperature 0 is greedy. `top_k` (0: off) keeps the k likeliest tokens, then `top_p` the smallest set that holds
     that much probability; `logp` is under the distribution that was really sampled, so anything but top_p=1, top_k=0
     will not agree with `token_logprobs`. `stop_ids` None: the model's own end tokens. Texts need the tokenizer.
+    `stop_text` ends a completion too, with the token that completes it in the decoded text, whatever tokens spell it;
+    those are sampled tokens like all others, and stand in `texts`.
 
     The random numbers of a completion depend on the seed, its prompt's tokens and its place in the group: the same seed
     gives the same tokens whatever else is in the batch (a prompt given twice in one call gets two different groups).
@@ -215,6 +231,8 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
     if strange:
         raise ValueError(f"A prompt holds token {strange[0]}, and the model knows 0 to {model.config.vocab_size - 1}: "
                          f"the tokenizer belongs to another model.")
+    if stop_text and tokenizer is None:
+        raise ValueError("A stop text is looked for in decoded text: pass the tokenizer.")
     if longest + max_new_tokens > model.config.max_position_embeddings:
         raise ValueError(f"A prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the model's "
                          f"context of {model.config.max_position_embeddings}: shorten the post or the completion.")
@@ -238,6 +256,7 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
     logp = torch.zeros(B * G, max_new_tokens, device=device)  # [N, T] float32
     length = torch.full((B * G,), max_new_tokens, device=device)  # [N] sampled tokens, stop token included
     stopped = torch.zeros(B * G, dtype=torch.bool, device=device)  # [N]
+    ending = torch.zeros(B * G, dtype=torch.long, device=device)  # [N] tokens that spell the stop text
     rows = torch.arange(B * G, device=device)  # which of the N rows each row of the batch is
     alive = torch.ones(B, G, dtype=torch.bool, device=device)  # rows that still write; the others only fill the batch
     for t in range(max_new_tokens):
@@ -246,6 +265,10 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
         tokens[rows, t] = torch.where(live, token, tokens[rows, t])
         logp[rows, t] = torch.where(live, token_logp, logp[rows, t])
         ends = live & torch.isin(token, stop)
+        if stop_text:
+            spelt = torch.tensor(_spelt(tokenizer, stop_text, tokens[rows, :t + 1]), device=device)  # [rows]
+            ending[rows] = torch.where(live & ~ends, spelt, ending[rows])
+            ends |= live & (spelt > 0)
         length[rows] = torch.where(ends, t + 1, length[rows])
         stopped[rows] |= ends
         alive &= ~ends.view_as(alive)
@@ -268,10 +291,24 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
     for b in range(B):
         at = slice(b * G, (b + 1) * G)
         T = int(length[at].max())
-        ids = [row[:n].tolist() for row, n in zip(tokens[at], length[at] - stopped[at].long())]
+        ends = stopped[at] & (ending[at] == 0)  # by a stop token, which is no text
+        ids = [row[:n].tolist() for row, n in zip(tokens[at], length[at] - ends.long())]
         texts = [""] * G if tokenizer is None else tokenizer.decode_batch(ids, skip_special_tokens=True)
-        groups.append(Group(prompts[b].to(device), tokens[at, :T], mask[at, :T], logp[at, :T], stopped[at], texts))
+        groups.append(Group(prompts[b].to(device), tokens[at, :T], mask[at, :T], logp[at, :T], stopped[at], texts,
+                            ending=ending[at] if stop_text else None))
     return groups
+
+
+def _spelt(tokenizer: Tokenizer, stop_text: str, tokens: Tensor) -> list[int]:
+    """How many of its last tokens it takes each row of tokens [rows, t] to spell the stop text; 0: it is not there.
+
+    Every token is a byte at least, so as many tokens as the text has bytes hold it. What comes after it in the same
+    token does not matter.
+    """
+    last = tokens[:, -len(stop_text.encode()):].tolist()
+    ends = [stop_text in text for text in tokenizer.decode_batch(last, skip_special_tokens=False)]
+    return [next(n for n in range(1, len(row) + 1) if stop_text in tokenizer.decode(row[-n:], False)) if end else 0
+            for row, end in zip(last, ends)]
 
 
 def draw(logits: Tensor, noise: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:

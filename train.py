@@ -2,6 +2,7 @@
 
     python train.py                                              # the embedded model and posts, about two minutes
     python train.py --model Qwen/Qwen2.5-0.5B-Instruct --data posts.jsonl --target 64 --lr 2e-6
+    python train.py --stages squish:200 --lora 16 --lr 4e-3      # no reference summaries: SQUISH, with a LoRA policy
     python train.py --run tiny-1 --resume                        # go on where a run was stopped, or killed
 
 A stage is a reward and a number of steps, "length:80"; stages follow each other, and one stage is a joint run. All
@@ -26,10 +27,23 @@ import torch
 
 import grpo
 import rewards
-from eval import content_lengths, describe, draw_curves, evaluate, read_lines, within
+from eval import (
+    ask,
+    content_lengths,
+    describe,
+    draw_curves,
+    evaluate,
+    evaluate_squish,
+    opened,
+    parse_budgets,
+    read_lines,
+    room_for,
+    within,
+)
 from grpo import flag
-from model import load, read_json, save, write_file
-from rollout import TINY, choose_template, load_split, sample, tokenize
+from model import LORA_TARGETS, add_lora, load, merge_lora, read_json, save, save_adapters, write_file
+from rollout import TINY, Post, choose_template, load_split, sample, tokenize
+from squish import CLOSE, UNITS, cost, cut, ensemble, extract, fits, penalise
 from words import find_wordnet
 
 
@@ -48,6 +62,17 @@ class Config(grpo.Config):
     prompts: int = flag(4, "posts in a batch (B)")
     group: int = flag(8, "completions of each post (G)")
     template: str = flag("", "prompt template, chatml or plain; empty: whatever fits the tokenizer")
+    budgets: str = flag("0.1,0.2", "for SQUISH: size of a summary, one of these for each post: shares of the document "
+                                   "(0.1) or numbers (200)")
+    budget_unit: str = flag("chars", "what a budget counts", choices=UNITS)
+    references: str = flag("", "for SQUISH: models that measure it, with commas between; empty: the one that the run "
+                               "begins with")
+    missing: str = flag("worst", "for SQUISH: a completion without a summary shares its group's worst reward, or gets "
+                                 "less than it", choices=("worst", "penalty"))
+    max_document: int = flag(0, "cut documents to this many tokens; 0: refuse what does not fit")
+    lora: int = flag(0, "rank of the adapters that are trained in place of the weights; 0: train the weights")
+    lora_alpha: float = flag(0.0, "adapters count alpha / rank times; 0: twice the rank")
+    lora_targets: str = flag(",".join(LORA_TARGETS), "projections that get adapters")
     max_prompt: int = flag(0, "leave out posts whose prompt has more tokens than this; 0: refuse what does not fit")
     lr: float = flag(6e-4, "learning rate (about 2e-6 for a model of 0.5B)")
     warmup: int = flag(5, "steps over which the learning rate rises from 0")
@@ -91,9 +116,9 @@ def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:
     begun = time.time()
     stages = parse_stages(config.stages)
     model, tokenizer, posts, held_out = prepare(config, stages)
-    reference = copy.deepcopy(model).requires_grad_(False) if config.beta > 0 else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), eps=1e-8,
-                                  weight_decay=config.weight_decay, fused=True)
+    reference, judges = references(config, model, tokenizer)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, 0.99),
+                                  eps=1e-8, weight_decay=config.weight_decay, fused=True)
     step = load_checkpoint(folder, model, optimizer) if resume else 0
     log = Log(folder, config, stages, step)
     log.begin(model, posts, held_out)
@@ -102,17 +127,18 @@ def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:
         if step >= stage.end:
             continue
         if step == stage.first:
-            log.evaluation(step, stage.number - 1, model, tokenizer, held_out)
+            log.evaluation(step, stage.number - 1, model, tokenizer, held_out, judges)
         if config.stage_ref == "previous" and reference is not None and stage.number > 1:
             reference = stage_reference(folder / "checkpoint" / f"stage-{stage.number}.pt", model, step == stage.first)
         while step < stage.end:
             for g in optimizer.param_groups:
                 g["lr"] = learning_rate(step, stages[-1].end, config)
             clock = time.time()
-            batch = batch_of(posts, step, config)
-            groups = sample(model, [prompt for _, prompt in batch], config.group, config.max_new_tokens,
-                            config.temperature, seed=config.seed * 1_000_003 + step, tokenizer=tokenizer)
-            line = score(groups, [post for post, _ in batch], stage.reward, config.target)
+            tasks = tasks_of(posts, step, config, tokenizer)
+            groups = sample(model, [task.prompt for task in tasks], config.group, config.max_new_tokens,
+                            config.temperature, seed=config.seed * 1_000_003 + step, tokenizer=tokenizer,
+                            stop_text=CLOSE if judges else "")
+            line = score(groups, tasks, stage.reward, config, judges, tokenizer)
             try:
                 line |= grpo.update(model, reference, groups, optimizer, config)
             except FloatingPointError as e:
@@ -132,42 +158,101 @@ def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:
                 save(model, tokenizer, folder / "model")
                 log.say(f"Stopped after step {step}. Go on with: python train.py --run {config.run} --resume")
                 return
-    log.evaluation(step, len(stages), model, tokenizer, held_out)
+    log.evaluation(step, len(stages), model, tokenizer, held_out, judges)
     save(model, tokenizer, folder / "model")
+    if config.lora:
+        save_adapters(model, folder / "adapter", str(config.model))
     log.finish(time.time() - begun)
 
 
+def by_model(stages: list[Stage]) -> bool:
+    """Whether a language model measures the reward: then prompts speak of budgets, and </summary> ends a summary."""
+    return any(name in rewards.NEED_MODEL for stage in stages for name in stage.reward.names)
+
+
 def prepare(config: Config, stages: list[Stage]):
-    """Model, tokenizer, training posts as (post, prompt tokens) pairs, and held-out posts."""
+    """Model, tokenizer, posts to train on and held-out posts; what cannot work is refused here, before any step."""
     model, tokenizer = load(TINY if config.model == "tiny" else config.model, config.device or None,
                             getattr(torch, config.dtype))
     if tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer.json: copy it there from the model it was made of.")
+    if config.lora:
+        add_lora(model, config.lora, config.lora_alpha or 2.0 * config.lora, config.lora_targets.split(","),
+                 config.seed)
     model.checkpointing = config.checkpointing
+    splits = load_split(config.data, config.eval_data)
+    if config.max_document:
+        splits = [[dataclasses.replace(post, document=cut(tokenizer, post.document, config.max_document))
+                   for post in posts] for posts in splits]
+    budgets = parse_budgets(config.budgets) if by_model(stages) else [0]
+    if by_model(stages):
+        config.max_new_tokens = config.max_new_tokens or max(room_for(tokenizer, posts, config) for posts in splits)
     room = model.config.max_position_embeddings - config.max_new_tokens
     if room < 1:
         raise ValueError(f"{config.max_new_tokens} new tokens leave no room for a prompt in the model's context of "
-                         f"{model.config.max_position_embeddings}: lower --target or --max-new-tokens.")
-    template = config.template or choose_template(tokenizer)
-    pairs = []
-    for posts in load_split(config.data, config.eval_data):
-        prompts = [tokenize(tokenizer, post, template, config.target) for post in posts]
-        pairs.append([(post, prompt) for post, prompt in zip(posts, prompts)
-                      if not config.max_prompt or len(prompt) <= config.max_prompt])
-        for post, prompt in pairs[-1]:
-            if len(prompt) > room:
-                raise ValueError(f"Post {post.id} has a prompt of {len(prompt)} tokens; with {config.max_new_tokens} "
+                         f"{model.config.max_position_embeddings}: lower --target, --budgets or --max-new-tokens.")
+    kept = []
+    for posts in splits:
+        longest = [max(len(task_of(tokenizer, post, config, budget).prompt) for budget in budgets) for post in posts]
+        kept.append([post for post, n in zip(posts, longest) if not config.max_prompt or n <= config.max_prompt])
+        for post, n in zip(posts, longest):
+            if n > room and (not config.max_prompt or n <= config.max_prompt):
+                raise ValueError(f"Post {post.id} has a prompt of {n} tokens; with {config.max_new_tokens} "
                                  f"new ones it does not fit into the model's context of "
                                  f"{model.config.max_position_embeddings}. Leave such posts out: --max-prompt {room}.")
-    train_pairs, held_out = pairs[0], [post for post, _ in pairs[1]]
-    if len(train_pairs) < config.prompts or not held_out:
-        raise ValueError(f"{len(train_pairs)} posts to train on and {len(held_out)} held out are too few for batches "
+    posts, held_out = kept
+    if len(posts) < config.prompts or not held_out:
+        raise ValueError(f"{len(posts)} posts to train on and {len(held_out)} held out are too few for batches "
                          f"of {config.prompts}: give more posts, lower --prompts or raise --max-prompt.")
     compared = sorted({name for s in stages for name in s.reward.names} & rewards.NEED_REFERENCE)
-    if compared and not any(post.reference for post, _ in train_pairs):
+    if compared and not any(post.reference for post in posts):
         raise ValueError(f"{config.data} has no summaries for {', '.join(compared)} to compare with: call their field "
-                         f"'summary', or train with --stages length:N.")
-    return model, tokenizer, train_pairs, held_out[:config.eval_posts]
+                         f"'summary', or train with --stages length:N or squish:N.")
+    return model, tokenizer, posts, held_out[:config.eval_posts]
+
+
+def references(config: Config, model, tokenizer) -> tuple:
+    """The model that the KL holds to, or None, and the (model, tokenizer) pairs that measure SQUISH, if any.
+
+    Under LoRA both are the policy itself without its adapters. Else both are one frozen copy of it.
+    """
+    measured, names = by_model(parse_stages(config.stages)), [n for n in config.references.split(",") if n]
+    start = None
+    if config.beta > 0 or measured and not names:
+        start = model if config.lora else copy.deepcopy(model).requires_grad_(False)
+    judges = []
+    for name in names if measured else []:
+        judge, words = load(TINY if name == "tiny" else name, config.device or None, getattr(torch, config.dtype))
+        if words is None:
+            raise ValueError(f"{name} has no tokenizer.json: copy it there from the model it was made of.")
+        judges.append((judge.requires_grad_(False), words))
+    return start if config.beta > 0 else None, judges or ([(start, tokenizer)] if measured else [])
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the policy is asked: to summarise a post to a target, in tokens, or in the unit of its budget."""
+
+    post: Post
+    prompt: list[int]  # token ids
+    target: int
+    budget: float | int = 0  # 0: there is none, the target is one of length
+
+
+def task_of(tokenizer, post: Post, config: Config, budget: float | int) -> Task:
+    if budget:
+        return Task(post, *ask(tokenizer, post, config, budget), budget)
+    template = config.template or choose_template(tokenizer)
+    return Task(post, tokenize(tokenizer, post, template, config.target), config.target)
+
+
+def tasks_of(posts: list[Post], step: int, config: Config, tokenizer) -> list[Task]:
+    """The tasks of a step: every epoch in an order of its own, and a budget for each post; a pure function of seed and
+    step, so that resuming needs no state."""
+    budgets = parse_budgets(config.budgets) if by_model(parse_stages(config.stages)) else [0]
+    draw = np.random.default_rng([config.seed, step, 1])
+    return [task_of(tokenizer, post, config, budgets[draw.integers(len(budgets))])
+            for post in batch_of(posts, step, config)]
 
 
 def learning_rate(step: int, total: int, config: Config) -> float:
@@ -188,24 +273,40 @@ def batch_of(posts: list, step: int, config: Config) -> list:
 PENALTIES = {"length": "length_penalty", "repetition": "repetition_penalty"}  # rewards logged under another name
 
 
-def score(groups: list, posts: list, reward: rewards.Reward, target: int) -> dict[str, float]:
+def score(groups: list, tasks: list[Task], reward: rewards.Reward, config: Config, judges: list,
+          tokenizer) -> dict[str, float]:
     """Fill in each group's rewards; return the batch's means of them and of the lengths."""
-    totals, parts, lengths = [], {name: [] for name in reward.names}, []
-    for group, post in zip(groups, posts):
+    totals, parts, lengths, summaries = [], {name: [] for name in reward.names}, [], []
+    for group, task in zip(groups, tasks):
+        texts, measured = group.texts, {}
+        if judges:
+            found = [extract(text, opened(config)) for text in texts]
+            texts = [text or "" for text in found]
+            at = (task.post.document, found, task.budget, config.budget_unit)
+            measured["squish"] = ensemble(judges, *at)
+            if "cost" in reward.names:
+                measured["cost"] = [fmean(v) for v in zip(*(cost(*judge, *at[:2]) for judge in judges))]
         n = content_lengths(group)
-        total, part = reward(group.texts, n, post.reference, target, post.document)
+        total, part = reward(texts, n, task.post.reference, task.target, task.post.document, measured)
+        if config.missing == "penalty" and judges:
+            total = penalise(total, [not text for text in texts])
         group.rewards = torch.tensor(total)  # [G]
         totals.append(total)
+        summaries.append(texts)
         lengths += n
         for name in part:
             parts[name] += part[name]
+    every = [(text, task) for texts, task in zip(summaries, tasks) for text in texts]
     return {"reward": fmean(r for total in totals for r in total),
             "reward_std": fmean(float(np.std(total, ddof=1)) for total in totals),
             **{PENALTIES.get(name, name): fmean(values) for name, values in parts.items()},
-            "length": fmean(lengths), **within(lengths, target),
-            "distinct": fmean(rewards.distinct(group.texts) for group in groups),
-            "templated": rewards.templated([group.texts for group in groups]),
-            "repetition": fmean(rewards.repetition(text) for group in groups for text in group.texts),
+            "length": fmean(lengths),
+            **({"over": fmean(bool(text) and not fits(tokenizer, task.post.document, text, task.budget,
+                                                      config.budget_unit) for text, task in every),
+                "missing": fmean(not text for text, _ in every)} if judges else within(lengths, config.target)),
+            "distinct": fmean(map(rewards.distinct, summaries)),
+            "templated": rewards.templated(summaries),
+            "repetition": fmean(rewards.repetition(text) for text, _ in every),
             "n_tokens": sum(int(g.mask.sum()) for g in groups)}
 
 
@@ -214,7 +315,8 @@ def score(groups: list, posts: list, reward: rewards.Reward, target: int) -> dic
 
 def save_checkpoint(folder: Path, model, optimizer, step: int) -> None:
     """All that a run is: weights, moments, step. Posts and completions follow from the seed and the step."""
-    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}  # under LoRA, the adapters only
+    state = {"step": step, "model": trained, "optimizer": optimizer.state_dict()}
     write_file(folder / "checkpoint" / "state.pt", lambda part: torch.save(state, part))
 
 
@@ -232,7 +334,7 @@ def load_checkpoint(folder: Path, model, optimizer) -> int:
         return 0
     state = read_state(path, model.embed_tokens.weight.device)
     try:
-        model.load_state_dict(state["model"])
+        read_trained(model, state["model"])
         optimizer.load_state_dict(state["optimizer"])
         return state["step"]
     except (RuntimeError, KeyError, ValueError) as e:
@@ -240,14 +342,26 @@ def load_checkpoint(folder: Path, model, optimizer) -> int:
                          f"another run.") from e
 
 
+def read_trained(model, state: dict) -> None:
+    """Give the parameters that are trained the saved values; KeyError or RuntimeError when they are others."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if trained.keys() != state.keys():
+        raise KeyError(f"{sorted(trained.keys() ^ state.keys())[0]}")
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(state[name])
+
+
 def stage_reference(path: Path, model, begins: bool):
     """The policy as it was when the stage began, frozen: copied and saved then, read again when a run is resumed."""
-    reference = copy.deepcopy(model).requires_grad_(False)
+    reference = copy.deepcopy(model)
     if begins:
-        write_file(path, lambda part: torch.save(reference.state_dict(), part))
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        write_file(path, lambda part: torch.save(trained, part))
     else:
-        reference.load_state_dict(read_state(path, model.embed_tokens.weight.device))
-    return reference
+        read_trained(reference, read_state(path, model.embed_tokens.weight.device))
+    merge_lora(reference)  # its adapters are part of it: they must not go off with the policy's
+    return reference.requires_grad_(False)
 
 
 # --- what a person sees -----------------------------------------------------------------------------------------------
@@ -255,7 +369,8 @@ def stage_reference(path: Path, model, begins: bool):
 
 # The progress line: key of metrics.jsonl, title, width, format.
 COLUMNS = (("reward", "reward", 7, "{:.3f}"), ("length", "length", 6, "{:.1f}"), ("within_2", "±2", 5, "{:.0%}"),
-           ("within_10pct", "±10%", 5, "{:.0%}"), ("kl", "kl", 6, "{:.3f}"), ("entropy", "entropy", 7, "{:.2f}"),
+           ("within_10pct", "±10%", 5, "{:.0%}"), ("over", "over", 5, "{:.0%}"), ("missing", "none", 5, "{:.0%}"),
+           ("kl", "kl", 6, "{:.3f}"), ("entropy", "entropy", 7, "{:.2f}"),
            ("distinct", "distinct", 8, "{:.2f}"), ("templated", "templ", 5, "{:.0%}"),
            ("clip_frac", "clip", 5, "{:.0%}"), ("flat_groups", "flat", 5, "{:.0%}"), ("grad_norm", "grad", 5, "{:.2f}"),
            ("logp_gap", "gap", 6, "{:.0e}"), ("tokens_per_s", "tok/s", 6, "{:.0f}"))
@@ -297,19 +412,23 @@ class Log:
 
     def begin(self, model, posts: list, held_out: list) -> None:
         c, n = self.config, sum(p.numel() for p in model.parameters())
-        self.say(f"{c.model}: {n:,} parameters, {model.config.model_type}. {len(posts):,} posts to train on, "
-                 f"{len(held_out)} held out. {self.total} steps of {c.prompts} posts x {c.group} completions, target "
-                 f"{c.target} tokens. Everything goes to {self.folder}.")
-        if find_wordnet() is None:
+        adapters = sum(p.numel() for p in model.parameters() if p.requires_grad) if c.lora else 0
+        self.say(f"{c.model}: {n - adapters:,} parameters" + (f" and {adapters:,} in adapters" if c.lora else "")
+                 + f", {model.config.model_type}. {len(posts):,} posts to train on, "
+                 f"{len(held_out)} held out. {self.total} steps of {c.prompts} posts x {c.group} completions, "
+                 + (f"budgets {c.budgets} {c.budget_unit}" if by_model(self.stages) else f"target {c.target} tokens")
+                 + f". Everything goes to {self.folder}.")
+        if find_wordnet() is None and not by_model(self.stages):
             self.say("There is no WordNet on this machine (WNSEARCHDIR, or apt install wordnet-base): METEOR matches "
                      "equal words and stems, no synonyms.")
         if self.first:
             self.say(f"Resumed after step {self.first}.")
 
-    def evaluation(self, step: int, stage: int, model, tokenizer, held_out: list) -> None:
+    def evaluation(self, step: int, stage: int, model, tokenizer, held_out: list, judges: list) -> None:
         """Evaluate once per (step, stage), even when the run was killed right after."""
         if (step, stage) not in self.evaluated:
-            r = evaluate(model, tokenizer, held_out, self.config)
+            r = evaluate_squish(model, tokenizer, held_out, self.config, judges) if judges else \
+                evaluate(model, tokenizer, held_out, self.config)
             summaries = r.pop("summaries")
             for post, row in zip(held_out[:5], summaries):
                 self.append("samples", {"step": step, "stage": stage, "document": post.document,
@@ -333,6 +452,7 @@ class Log:
             return
         parts = [PENALTIES.get(n, n) for n in stage.reward.names if n != "length"]
         columns = [COLUMNS[0], *((n, n, max(7, len(n)), "{:.3f}") for n in parts), *COLUMNS[1:]]
+        columns = [column for column in columns if column[0] in row]
         if self.shown % 20 == 0:
             head = "".join(f"{title:>{w + 1}}" for _, title, w, _ in columns)
             self.say(f"\nstage {stage.number}: {stage.reward.expression}\n  step{head}   left")
@@ -347,28 +467,40 @@ class Log:
         self.recent.clear()
 
     def watch(self) -> None:
-        """Say it once when the completions become templates: a policy that games its reward begins with that."""
+        """Say it once when the completions become one or the same: a policy that games its reward begins with that."""
         if self.warned or len(self.rows) < 20:
             return
-        (d0, t0, r0), (d1, t1, r1) = ([fmean(row[name] for row in rows) for name in (
-            "distinct", "templated", "repetition")] for rows in (self.rows[:10], self.rows[-10:]))
-        if d1 < 0.5 * d0 or t1 > t0 + 0.15 or r1 > r0 + 0.05:
+        names = ("distinct", "templated", "repetition", "entropy", "flat_groups")
+        first, now = ({n: fmean(row[n] for row in rows) for n in names} for rows in (self.rows[:10], self.rows[-10:]))
+        wrong = [text for text, is_so in (
+            ("distinct word pairs in a group", now["distinct"] < 0.5 * first["distinct"]),
+            ("phrases said of several posts", now["templated"] > first["templated"] + 0.15),
+            ("phrases said twice in one summary", now["repetition"] > first["repetition"] + 0.05),
+            ("entropy", now["entropy"] < 0.25 * first["entropy"]),
+            ("groups whose rewards are all equal", now["flat_groups"] > first["flat_groups"] + 0.5)) if is_so]
+        if wrong:
             self.warned = True
-            self.say(f"  Completions become alike. Distinct word pairs in a group: {d0:.0%} at first, now {d1:.0%}; "
-                     f"phrases said of several posts: {t0:.0%}, now {t1:.0%}; twice in one: {r0:.0%}, now {r1:.0%}. "
-                     f"Read some; more --beta or --temperature, or 0.1*distinct in the reward, can help.")
+            self.say("  Completions become alike (" + ", ".join(wrong) + "). At first and now: "
+                     + ", ".join(f"{n} {first[n]:.2f} and {now[n]:.2f}" for n in names)
+                     + ". Read some; more --beta or --temperature, or 0.1*distinct in the reward, can help.")
+
+    def grade(self, row: dict) -> str:
+        if "squish" not in row:
+            return f"{row['length']} tokens"
+        return f"SQUISH@{row['budget']} {row['squish']:.3f}, {row['used']:.0%} of the budget"
 
     def finish(self, seconds: float) -> None:
         """Curves, and what the run did to the first held-out posts."""
         evals, samples = read_lines(self.folder / "eval.jsonl"), read_lines(self.folder / "samples.jsonl")
-        draw_curves(self.folder, self.config.target, [stage.end for stage in self.stages])
+        draw_curves(self.folder, self.config, [stage.end for stage in self.stages])
         first = [row for row in samples if row["stage"] == 0]
         last = [row for row in samples if row["stage"] == evals[-1]["stage"]]
         for before, after in list(zip(first, last))[:3]:
             self.say(f"\n  post       {before['document']}\n  reference  {before['reference']}\n"
-                     f"  before     {before['summary']} [{before['length']} tokens]\n"
-                     f"  after      {after['summary']} [{after['length']} tokens]")
-        self.say(f"\nheld-out greedy summaries, target {self.config.target} tokens"
+                     f"  before     {before['summary']} [{self.grade(before)}]\n"
+                     f"  after      {after['summary']} [{self.grade(after)}]")
+        goal = "" if "squish" in last[0] else f", target {self.config.target} tokens"
+        self.say(f"\nheld-out greedy summaries{goal}"
                  f"\n  before  {describe(evals[0])}\n  after   {describe(evals[-1])}"
                  f"\nDone in {int(seconds // 60)}:{int(seconds % 60):02d}. Look at {self.folder / 'curves.png'}; the "
                  f"model is in {self.folder / 'model'}.")
@@ -416,6 +548,8 @@ def check(c: Config) -> None:
         (not 0 < c.clip_low < 1 or not c.clip_high > 0, "--clip-low must lie in (0, 1) and --clip-high above 0"),
         (not (0 < c.lr < math.inf and c.grad_clip > 0 and 0 <= c.beta < math.inf),
          "--lr and --grad-clip must be above 0, --beta at least 0"),
+        (c.lora < 0 or not 0 <= c.lora_alpha < math.inf or c.max_document < 0,
+         "--lora, --lora-alpha and --max-document cannot be negative"),
         (c.seed < 0 or c.warmup < 0 or not c.weight_decay >= 0 or not 0 <= c.lr_end <= 1,
          "--seed, --warmup and --weight-decay cannot be negative, and --lr-end must lie in [0, 1]"),
         (0 < c.max_new_tokens <= 1.1 * c.target, f"--max-new-tokens {c.max_new_tokens} would cut summaries at the "
@@ -452,7 +586,8 @@ def open_run(config: Config, resume: bool, given: dict) -> tuple[Config, Path]:
     folder = runs / config.run
     if (folder / "config.json").exists():
         raise FileExistsError(f"{folder} is there already: go on with --resume, or take another --run.")
-    config.max_new_tokens = config.max_new_tokens or 2 * config.target
+    if not by_model(parse_stages(config.stages)):  # what a budget comes to is not known before the posts are read
+        config.max_new_tokens = config.max_new_tokens or 2 * config.target
     return config, folder
 
 

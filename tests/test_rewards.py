@@ -573,7 +573,7 @@ def test_form():
 # ---------------------------------------------------------------------------------------------------- for all of them
 
 
-@pytest.mark.parametrize("name", sorted(set(REWARDS) - {"embedding"}))
+@pytest.mark.parametrize("name", sorted(set(REWARDS) - {"embedding"} - rewards.NEED_MODEL))
 def test_every_reward_can_be_used_and_silence_is_never_best(name):
     texts = ["Tom won a race.", "Tom lost a cat and a dog.", "", " \n"]
     totals, parts = parse(name)(texts, [5, 9, 0, 2], "Tom won the race.", 6, document="Tom won a race.")
@@ -603,11 +603,21 @@ def test_a_name_is_what_it_says_and_needs_what_it_says(name, monkeypatch):
         "length": -(8 - 6) / 8, "char_length": -(11 - 8) / 8, "embedding": (2 * 3 + 2 * 1 + 2 * 1) / 12,
         "rouge_l": rouge_l(text, reference), "bleu": bleu(text, reference), "meteor": meteor(text, reference),
         "copy_rate": 3 / 4, "repetition": -1 / 4, "distinct": (4 * 1 / 2 + 1) / 5, "format": 0.0,
+        "squish": 0.5, "cost": 0.25,
     }
-    _, parts = parse(name)([text, other], [6, 4], reference, 8, document)
+    measured = {"squish": [0.5, 0.0], "cost": [0.25, 0.125]}
+    _, parts = parse(name)([text, other], [6, 4], reference, 8, document, measured)
     assert parts[name][0] == pytest.approx(expected[name])
-    _, elsewhere = parse(name)([text, other], [6, 4], "nothing of it", 8, document)
+    _, elsewhere = parse(name)([text, other], [6, 4], "nothing of it", 8, document, measured)
     assert (parts != elsewhere) == (name in rewards.NEED_REFERENCE)
+
+
+def test_what_a_language_model_measures_is_handed_in():
+    totals, parts = parse("squish - 0.5*cost")(["a", "b"], [1, 1], "", 8, "d", {"squish": [0.5, 0.25],
+                                                                             "cost": [0.5, 1.0]})
+    assert totals == [0.25, -0.25] and parts == {"squish": [0.5, 0.25], "cost": [0.5, 1.0]}
+    with pytest.raises(ValueError, match="measured by a language model"):
+        parse("squish")(["a"], [1], "", 8)
 
 
 # ---------------------------------------------------------------------------------------------------------- embeddings

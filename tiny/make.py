@@ -31,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from model import Transformer, load, pad, read_config, save  # noqa: E402
 from rollout import Post, tokenize  # noqa: E402
+from squish import TEMPLATE  # noqa: E402
 
 SPLITS = {"train": 3000, "val": 200, "test": 300}
 END, START_TURN, END_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -46,11 +47,10 @@ CHAT_TEMPLATE = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' +
 # punctuation. transformers gives this rule to every tokenizer of a qwen2 folder, whatever tokenizer.json says.
 QWEN2_PIECES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-# How a base model is asked for a summary, and how one is asked for the document that a summary was made of.
+# How a base model was asked for a summary, and what SQUISH puts before a document.
 TAGGED = "A document, and a summary of it in about {length} characters.\n<document>\n{document}\n</document>\n" \
          "<summary>\n{summary}\n</summary>"
-SUMMARY_FIRST = "A summary, and the document that it was made of.\n<summary>\n{summary}\n</summary>\n" \
-                "<document>\n{document}\n</document>"
+SUMMARY_FIRST = TEMPLATE + "\n</document>"
 
 
 def write_posts(rng: random.Random) -> set[str]:
