@@ -228,6 +228,9 @@ def draw_curves(folder: Path, config, stage_ends: list[int]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    if (argv := sys.argv[1:] if argv is None else argv)[:1] == ["squish"]:
+        import benchmark
+        return benchmark.main(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("models", nargs="+", metavar="RUN_OR_MODEL", help="a run, a model folder, or 'tiny'")

@@ -111,6 +111,9 @@ def _post(line: str, where: str, number: int, document: str | None, reference: s
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
+# What a chat model is asked for when SQUISH measures it.
+REQUEST = "Summarise the document in at most {target} {unit}, about {goal}. Write the summary, and nothing else, " \
+          "between <summary> and </summary>."
 # --- your experiment starts here: a prompt is a string with {target} and {document} in it ---
 TEMPLATES = {
     # What the chat templates of Qwen2.5, Qwen3 and LFM2 make of one system and one user message. The system message is
@@ -125,8 +128,7 @@ TEMPLATES = {
               "</document>\n<summary>\n",
     "notes": "A document, then notes on what matters in it, then a summary in at most {target} {unit}, about {goal}, "
              "between <summary> and </summary>.\n<document>\n{document}\n</document>\nNotes:\n",
-    "tagged_chatml": "<|im_start|>system\nSummarise the document in at most {target} {unit}, about {goal}. Write the "
-                     "summary, and nothing else, between <summary> and </summary>.<|im_end|>\n"
+    "tagged_chatml": f"<|im_start|>system\n{REQUEST}<|im_end|>\n"
                      "<|im_start|>user\n{document}<|im_end|>\n<|im_start|>assistant\n",
 }
 _MARKS = re.compile(r"(<\|im_start\|>|<\|im_end\|>)")
@@ -143,7 +145,7 @@ def render(post: Post, template: str, target: int, unit: str = "characters") -> 
     >>> render(Post("I lost a shoe.", "", "1"), "plain", 8)
     'Post:\\nI lost a shoe.\\n\\nSummary in about 8 tokens:\\n'
     """
-    return _fill(_template(template), post, target, unit)
+    return fill(_template(template), post, target, unit)
 
 
 def tokenize(tokenizer: Tokenizer, post: Post, template: str, target: int, unit: str = "characters") -> list[int]:
@@ -163,7 +165,7 @@ def tokenize(tokenizer: Tokenizer, post: Post, template: str, target: int, unit:
                     raise ValueError(f"The tokenizer has no {piece}: take --template plain for this model.")
                 ids.append(mark)
             elif piece:
-                ids += tokenizer.encode(_fill(piece, post, target, unit), add_special_tokens=False).ids
+                ids += tokenizer.encode(fill(piece, post, target, unit), add_special_tokens=False).ids
     finally:
         tokenizer.encode_special_tokens = as_text
     return ids
@@ -175,7 +177,8 @@ def _template(name: str) -> str:
     return TEMPLATES[name]
 
 
-def _fill(text: str, post: Post, target: int, unit: str) -> str:
+def fill(text: str, post: Post, target: int, unit: str) -> str:
+    """A template's places filled in; {goal} is nine tenths of the target."""
     for name, value in (("{target}", str(target)), ("{goal}", str(round(0.9 * target))), ("{unit}", unit),
                         ("{document}", post.document)):  # the document last: it may spell {target}
         text = text.replace(name, value)
@@ -325,12 +328,12 @@ def draw(logits: Tensor, noise: Tensor, temperature: float, top_k: int, top_p: f
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, -1).values[:, -1:]  # [N, 1]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        logits = logits.maskedfill(logits < kth, -torch.inf)
     if top_p < 1:
         ordered, where = logits.sort(-1, descending=True)  # [N, V]
         p = ordered.softmax(-1)
         outside = p.cumsum(-1) - p >= top_p  # the mass before a token already suffices; the first one always stays
-        logits = logits.masked_fill(outside.scatter(-1, where, outside), -torch.inf)
+        logits = logits.maskedfill(outside.scatter(-1, where, outside), -torch.inf)
     log_p = logits.log_softmax(-1)  # [N, V]
     # float64 (noise has it, except on Apple's GPU): a float32 running sum over 150,000 words loses the rare ones
     cdf = log_p.exp().cumsum(-1, dtype=noise.dtype)  # [N, V]

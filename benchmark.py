@@ -1,0 +1,326 @@
+"""The SQUISH benchmark: how much do a model's summaries save of their documents, within a budget?
+
+    python eval.py squish --models tiny runs/tiny-2 --budgets 0.1,0.2
+    python eval.py squish --models "http://localhost:11434/v1#qwen3:1.7b" --references Qwen/Qwen3-1.7B-Base \\
+        --data news.jsonl --max-document 4096
+
+A model is a run, a model folder, a hub name, or URL#NAME, which is NAME behind any OpenAI-compatible server (with
+$OPENAI_API_KEY). Beside them stand four that no model wrote: the document's first characters, its reference summary,
+another document's, each cut to the budget, and none at all.
+
+A failed summary counts 0 in the mean, and so does one over budget; neither is left out. What was written or measured
+once is kept on disk, by everything that it depends on, and not asked for again.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sqlite3
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+
+from eval import Config, ask, find_model, opened, parse_budgets, room_for, write
+from experiment import interval
+from model import find_folder, load, write_file
+from rollout import REQUEST, TEMPLATES, Post, fill, load_posts
+from squish import CLOSE, TEMPLATE, UNITS, allowance, cut, extract, fits, size, squish
+
+PROMPT_VERSION = hashlib.sha256((REQUEST + TEMPLATES["tagged"] + TEMPLATES["notes"]).encode()).hexdigest()[:8]
+BASELINES = ("first", "reference", "other", "empty")
+WAIT, TRIES = 1.0, 5  # seconds before the second try, doubled each time; tries in all
+
+
+class Kept:
+    """A table on disk, key -> value. What is in there was written whole: sqlite takes care of kills and full disks."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.db = sqlite3.connect(path)
+            self.db.execute("CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value TEXT)")
+        except sqlite3.Error as e:
+            raise OSError(f"{path} cannot be used to keep summaries ({e}): delete it, or name another --cache.") from e
+
+    def get(self, *key):
+        row = self.db.execute("SELECT value FROM kept WHERE key = ?", (self.name(key),)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def put(self, value, *key) -> None:
+        try:
+            with self.db:
+                self.db.execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", (self.name(key), json.dumps(value)))
+        except sqlite3.Error as e:
+            raise OSError(f"A summary could not be kept ({e}): free some space; what was kept before is safe.") from e
+
+    @staticmethod
+    def name(key: tuple) -> str:
+        return hashlib.sha256(json.dumps(key).encode()).hexdigest()
+
+
+def identity(name: str) -> str:
+    """What stands for a model in the cache: a folder, and size and time of its weights, which may be trained again."""
+    folder = find_folder(find_model(name)[0])
+    files = sorted(folder.glob("*.safetensors"))
+    return f"{folder.resolve()} {[(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]}"
+
+
+# --- who writes summaries ---------------------------------------------------------------------------------------------
+
+
+def from_server(url: str, model: str, system: str, user: str, max_tokens: int, temperature: float,
+                seed: int) -> str | None:
+    """One answer of a chat server, or None when it fails again and again. OSError when it cannot be reached, or will
+    never answer (wrong key, wrong model)."""
+    where = url.rstrip("/") + "/chat/completions"
+    body = {"model": model, "temperature": temperature, "max_tokens": max_tokens, "seed": seed,
+            "messages": [{"role": "system", "content": system}, {"role": "user", "content": user}]}
+    request = urllib.request.Request(where, json.dumps(body).encode(), {
+        "Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"})
+    reached, why = False, ""
+    for attempt in range(TRIES):
+        pause = WAIT * 2 ** attempt
+        try:
+            with urllib.request.urlopen(request, timeout=600) as answer:
+                return json.load(answer)["choices"][0]["message"]["content"] or ""
+        except urllib.error.HTTPError as e:
+            reached, why = True, f"HTTP {e.code} {e.read(300).decode(errors='replace').strip()}".splitlines()[0]
+            if e.code not in (408, 409, 425, 429) and e.code < 500:
+                raise OSError(f"{where} does not answer for the model {model} ({why}): check URL#NAME and "
+                              f"OPENAI_API_KEY.") from e
+            wanted = e.headers.get("Retry-After", "")
+            pause = min(60.0, float(wanted)) if wanted.replace(".", "", 1).isdigit() else pause
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
+            why = repr(e)  # dropped, timed out, or no such answer as was asked for
+            reached = reached or not isinstance(e, OSError)
+        if attempt + 1 < TRIES:
+            time.sleep(pause)
+    if not reached:
+        raise OSError(f"{where} cannot be reached ({why}): start the server, or leave the model out.")
+    return None
+
+
+def by_server(name: str, posts: list[Post], budget, config: Config, args, kept: Kept, n_tokens: int) -> dict:
+    """{(post index, sample): answer or None} of URL#NAME, several requests at a time."""
+    url, _, model = name.partition("#")
+    found, todo = {}, []
+    for i, post in enumerate(posts):
+        target = int(allowance(args.tokenizer, post.document, budget, config.budget_unit))
+        unit = {"chars": "characters", "tokens": "tokens"}[config.budget_unit]
+        for k in range(args.samples):
+            key = ("written", name, PROMPT_VERSION, budget, config.budget_unit, post.document, k, args.temperature,
+                   n_tokens)
+            found[i, k] = kept.get(*key)
+            if found[i, k] is None:
+                todo.append((i, k, key, fill(REQUEST, post, target, unit)))
+
+    def work(item):
+        i, k, _, system = item
+        return from_server(url, model, system, posts[i].document, n_tokens, args.temperature, k)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        waiting = [(item, pool.submit(work, item)) for item in todo]
+        try:
+            for n, ((i, k, key, _), future) in enumerate(waiting, 1):
+                found[i, k] = future.result()
+                if found[i, k] is not None:  # a failure is not kept: next time it is asked again
+                    kept.put(found[i, k], *key)
+                progress(f"{name} @{budget}: {n} of {len(todo)}")
+        except BaseException:
+            for _, future in waiting:
+                future.cancel()
+            raise
+    return found
+
+
+def by_folder(name: str, posts: list[Post], budget, config: Config, args, kept: Kept, n_tokens: int) -> dict:
+    """{(post index, sample): completion} of a model that runs here."""
+    found, todo, who = {}, [], identity(name)
+    for k in range(args.samples):
+        for i, post in enumerate(posts):
+            key = ("written", who, PROMPT_VERSION, config.template, budget, config.budget_unit, post.document, k,
+                   args.temperature, n_tokens)
+            found[i, k] = kept.get(*key)
+            if found[i, k] is None:
+                todo.append((i, k, key))
+    if todo:
+        model, tokenizer = load(find_model(name)[0])
+        for k in range(args.samples):
+            mine = [(i, key) for i, sample, key in todo if sample == k]
+            prompts = [ask(tokenizer, posts[i], config, budget)[0] for i, _ in mine]
+            for at in range(0, len(mine), 64):
+                for (i, key), group in zip(mine[at:at + 64], write(
+                        model, tokenizer, prompts[at:at + 64], n_tokens, stop_text=CLOSE,
+                        temperature=args.temperature, seed=k)):
+                    found[i, k] = group.texts[0]
+                    kept.put(found[i, k], *key)
+                progress(f"{name} @{budget}: {at + len(mine[at:at + 64])} of {len(mine)}")
+    return found
+
+
+def baseline(name: str, posts: list[Post], budget, config: Config, tokenizer) -> list[str | None]:
+    """A summary of each post that no model wrote, cut to the budget."""
+    texts = {"first": [post.document for post in posts], "reference": [post.reference for post in posts],
+             "other": [posts[i - 1].reference for i in range(len(posts))], "empty": [""] * len(posts)}[name]
+    result = []
+    for post, text in zip(posts, texts):
+        room = int(allowance(tokenizer, post.document, budget, config.budget_unit))
+        result.append((text[:room] if config.budget_unit == "chars" else cut(tokenizer, text, room)) or None)
+    return result
+
+
+# --- what they are worth ----------------------------------------------------------------------------------------------
+
+
+def measure(posts: list[Post], summaries: dict, budget, unit: str, judges: list, kept: Kept) -> dict:
+    """{(post, sample): value}: the mean SQUISH of the judges, (identity, model, tokenizer) each."""
+    values = dict.fromkeys(summaries, 0.0)
+    for n, (i, post) in enumerate(enumerate(posts), 1):
+        mine = {at: s for at, s in summaries.items() if at[0] == i}
+        for who, model, tokenizer in judges:
+            keys = {at: ("squish", who, TEMPLATE, post.document, s, budget, unit) for at, s in mine.items()}
+            known = {at: kept.get(*key) for at, key in keys.items()}
+            todo = [at for at, value in known.items() if value is None]
+            if todo:
+                for at, value in zip(todo, squish(model, tokenizer, post.document, [mine[at] for at in todo], budget,
+                                                  unit)):
+                    kept.put(value, *keys[at])
+                    known[at] = value
+            for at, value in known.items():
+                values[at] += value / len(judges)
+        progress(f"measured {n} of {len(posts)} @{budget}")
+    return values
+
+
+def score(name: str, posts: list[Post], budget, config: Config, args, judges: list, kept: Kept) -> dict:
+    """One row of the table: a model at a budget."""
+    tokenizer = judges[0][2]
+    if name in BASELINES:
+        summaries = {(i, 0): s for i, s in enumerate(baseline(name, posts, budget, config, tokenizer))}
+    else:
+        n_tokens = args.max_new_tokens or room_for(tokenizer, posts, config)
+        if "#" in name:
+            n_tokens = args.max_new_tokens or max(1024, n_tokens)  # some think before they write
+            answers = by_server(name, posts, budget, config, args, kept, n_tokens)
+            summaries = {at: None if s is None else extract(s, opened=False) for at, s in answers.items()}
+        else:
+            config = replace(config, template=args.template or find_model(name)[1].get("template", ""))
+            answers = by_folder(name, posts, budget, config, args, kept, n_tokens)
+            summaries = {at: extract(s, opened(config)) for at, s in answers.items()}
+    summaries = {at: s or None for at, s in summaries.items()}
+    values = measure(posts, summaries, budget, config.budget_unit, judges, kept)
+    over = {(i, k) for (i, k), s in summaries.items()
+            if s and not fits(tokenizer, posts[i].document, s, budget, config.budget_unit)}
+    samples = max(k for _, k in summaries) + 1
+    each = np.array([[values[i, k] for k in range(samples)] for i in range(len(posts))]).mean(1)  # [P]
+    low, high = interval(each[None])
+    used = [size(tokenizer, s, config.budget_unit)
+            / max(1.0, allowance(tokenizer, posts[i].document, budget, config.budget_unit))
+            for (i, _), s in summaries.items() if s]
+    failed = fmean(s is None for s in summaries.values())
+    return {"model": name, "budget": budget, "squish": float(each.mean()), "low": low, "high": high, "n": len(posts),
+            "coverage": 1 - failed - len(over) / len(summaries), "failed": failed, "over": len(over) / len(summaries),
+            "used": fmean(used or [0.0]),
+            "summaries": [{"id": posts[i].id, "sample": k, "summary": s, "squish": values[i, k]}
+                          for (i, k), s in summaries.items()]}
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown, the best first at the smallest budget."""
+    lines = ["| model | budget | SQUISH (95%) | coverage | failed | over budget | budget used |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]
+    for r in sorted(rows, key=lambda r: (r["budget"], -r["squish"])):
+        lines.append(f"| {r['model']} | {r['budget']} | {r['squish']:.3f} ({r['low']:.3f}..{r['high']:.3f}) | "
+                     f"{r['coverage']:.0%} | {r['failed']:.0%} | {r['over']:.0%} | {r['used']:.0%} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Bars with their intervals, a group of bars a model, a colour a budget."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    names, budgets = list(dict.fromkeys(r["model"] for r in rows)), sorted({r["budget"] for r in rows})
+    figure, ax = plt.subplots(figsize=(8, 1.2 + 0.3 * len(names) * len(budgets)), layout="constrained")
+    height = 0.8 / len(budgets)
+    for b, budget in enumerate(budgets):
+        mine = [r for r in rows if r["budget"] == budget]
+        x = np.array([r["squish"] for r in mine])
+        error = np.abs(np.array([[r["low"], r["high"]] for r in mine]).T - x)
+        ax.barh([names.index(r["model"]) + (b - (len(budgets) - 1) / 2) * height for r in mine], x, height,
+                xerr=error, color=f"C{b}", label=f"budget {budget}", error_kw={"lw": 1, "capsize": 2})
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set_xlabel("SQUISH: share of the document's bits that the summary saves, 95% intervals over documents")
+    ax.legend(fontsize=8)
+    ax.grid(axis="x", alpha=0.2)
+    write_file(path, lambda part: figure.savefig(part, dpi=110, format="png"))
+    plt.close(figure)
+
+
+def progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="eval.py squish", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["tiny"], metavar="MODEL",
+                        help="runs, model folders, hub names, or URL#NAME")
+    parser.add_argument("--budgets", default="0.1,0.2", help="sizes of a summary: shares (0.1) or numbers (200)")
+    parser.add_argument("--unit", default="chars", choices=UNITS, help="what a budget counts")
+    parser.add_argument("--data", default="tiny", help="documents: tiny, a folder, or a .jsonl file")
+    parser.add_argument("--split", default="test", help="which file of a folder (default: test)")
+    parser.add_argument("--n", type=int, default=100, help="only the first N documents")
+    parser.add_argument("--max-document", type=int, default=0, help="cut documents to this many tokens")
+    parser.add_argument("--references", default="tiny", help="models that measure, with commas between")
+    parser.add_argument("--template", default="", help="prompt of local models (default: their run's, or tagged)")
+    parser.add_argument("--samples", type=int, default=1, help="summaries of each document by each model")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest summary")
+    parser.add_argument("--max-new-tokens", type=int, default=0, help="where a summary is cut (0: by the budget)")
+    parser.add_argument("--jobs", type=int, default=8, help="requests to a server at a time")
+    parser.add_argument("--cache", default="runs/squish.sqlite", help="what was written and measured before")
+    parser.add_argument("--out", default="runs/squish", help="folder of table.md, scores.jsonl and chart.png")
+    args = parser.parse_args(argv)
+    if min(args.n, args.samples, args.jobs) < 1 or args.temperature < 0:
+        parser.error("--n, --samples and --jobs must be at least 1, --temperature at least 0")
+    if args.samples > 1 and args.temperature == 0:
+        parser.error("--samples of a greedy model are all the same: give a --temperature")
+    try:
+        config = Config(max_new_tokens=args.max_new_tokens, budgets=args.budgets, budget_unit=args.unit)
+        budgets = parse_budgets(args.budgets)
+        judges = [(identity(name), *load(find_model(name)[0])) for name in args.references.split(",")]
+        args.tokenizer = judges[0][2]
+        if any(judge[2] is None for judge in judges):
+            raise ValueError("A reference model has no tokenizer.json, so it cannot read the documents.")
+        posts = load_posts(args.data, args.split)[:args.n]
+        if args.max_document:
+            posts = [replace(post, document=cut(args.tokenizer, post.document, args.max_document)) for post in posts]
+        with_references = any(post.reference for post in posts)
+        names = [*args.models, *(b for b in BASELINES if with_references or b in ("first", "empty"))]
+        kept, rows = Kept(Path(args.cache)), []
+        for name in names:
+            rows += [score(name, posts, budget, config, args, judges, kept) for budget in budgets]
+            progress("")
+        out = Path(args.out)
+        text = table(rows)
+        write_file(out / "table.md", lambda part: part.write_text(text))
+        write_file(out / "scores.jsonl", lambda part: part.write_text("".join(json.dumps(r) + "\n" for r in rows)))
+        draw(rows, out / "chart.png")
+    except (ValueError, OSError) as e:
+        progress("")
+        print(f"eval.py squish: {e}", file=sys.stderr)
+        return 1
+    print(f"{len(posts)} documents of {args.data}, measured by {args.references}; failed and over budget counts "
+          f"0.\n\n{text}\nSummaries and chart are in {out}.")
+    return 0
