@@ -13,7 +13,6 @@ and curves.png. Every number in there is explained in README.md.
 import argparse
 import copy
 import dataclasses
-import json
 import math
 import signal
 import sys
@@ -27,24 +26,12 @@ import torch
 
 import grpo
 import rewards
-from eval import (
-    ask,
-    content_lengths,
-    describe,
-    draw_curves,
-    evaluate,
-    evaluate_squish,
-    opened,
-    parse_budgets,
-    read_lines,
-    room_for,
-    within,
-)
+from eval import ask, content_lengths, opened, parse_budgets, room_for, within
 from grpo import flag
+from log import PENALTIES, Log
 from model import LORA_TARGETS, add_lora, load, merge_lora, read_json, save, save_adapters, write_file
 from rollout import TINY, Post, choose_template, load_split, sample, tokenize
 from squish import CLOSE, UNITS, cost, cut, ensemble, extract, fits, penalise
-from words import find_wordnet
 
 
 @dataclass
@@ -95,6 +82,11 @@ class Stage:
     first: int  # its first step, counted from 0
     end: int  # one past its last
 
+    @property
+    def by_model(self) -> bool:
+        """Whether a language model measures its reward: then prompts speak of budgets."""
+        return not rewards.NEED_MODEL.isdisjoint(self.reward.names)
+
 
 def parse_stages(texts: tuple[str, ...]) -> list[Stage]:
     """("length:80", "rouge_l+length:80") -> stages with their place in the run."""
@@ -106,6 +98,11 @@ def parse_stages(texts: tuple[str, ...]) -> list[Stage]:
         stages.append(Stage(len(stages) + 1, rewards.parse(expression), first, first + int(steps)))
         first += int(steps)
     return stages
+
+
+def budgets_of(config: Config) -> list[float | int]:
+    """The budgets to draw from; none where no stage's reward is measured by a model, and prompts speak of tokens."""
+    return parse_budgets(config.budgets) if any(stage.by_model for stage in parse_stages(config.stages)) else []
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -165,11 +162,6 @@ def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:
     log.finish(time.time() - begun)
 
 
-def by_model(stages: list[Stage]) -> bool:
-    """Whether a language model measures the reward: then prompts speak of budgets, and </summary> ends a summary."""
-    return any(name in rewards.NEED_MODEL for stage in stages for name in stage.reward.names)
-
-
 def prepare(config: Config, stages: list[Stage]):
     """Model, tokenizer, posts to train on and held-out posts; what cannot work is refused here, before any step."""
     model, tokenizer = load(TINY if config.model == "tiny" else config.model, config.device or None,
@@ -184,8 +176,12 @@ def prepare(config: Config, stages: list[Stage]):
     if config.max_document:
         splits = [[dataclasses.replace(post, document=cut(tokenizer, post.document, config.max_document))
                    for post in posts] for posts in splits]
-    budgets = parse_budgets(config.budgets) if by_model(stages) else [0]
-    if by_model(stages):
+    budgets = budgets_of(config)
+    wrong = "length" if config.budget_unit == "chars" else "char_length"
+    if budgets and any(wrong in stage.reward.names for stage in stages):
+        raise ValueError(f"--stages: '{wrong}' does not go with budgets of {config.budget_unit}: take "
+                         f"{'char_length' if wrong == 'length' else 'length'}, whose target is then the budget.")
+    if budgets:
         config.max_new_tokens = config.max_new_tokens or max(room_for(tokenizer, posts, config) for posts in splits)
     room = model.config.max_position_embeddings - config.max_new_tokens
     if room < 1:
@@ -193,7 +189,8 @@ def prepare(config: Config, stages: list[Stage]):
                          f"{model.config.max_position_embeddings}: lower --target, --budgets or --max-new-tokens.")
     kept = []
     for posts in splits:
-        longest = [max(len(task_of(tokenizer, post, config, budget).prompt) for budget in budgets) for post in posts]
+        longest = [max(len(task_of(tokenizer, post, config, budget).prompt) for budget in budgets or [0])
+                   for post in posts]
         kept.append([post for post, n in zip(posts, longest) if not config.max_prompt or n <= config.max_prompt])
         for post, n in zip(posts, longest):
             if n > room and (not config.max_prompt or n <= config.max_prompt):
@@ -216,7 +213,7 @@ def references(config: Config, model, tokenizer) -> tuple:
 
     Under LoRA both are the policy itself without its adapters. Else both are one frozen copy of it.
     """
-    measured, names = by_model(parse_stages(config.stages)), [n for n in config.references.split(",") if n]
+    measured, names = bool(budgets_of(config)), [n for n in config.references.split(",") if n]
     start = None
     if config.beta > 0 or measured and not names:
         start = model if config.lora else copy.deepcopy(model).requires_grad_(False)
@@ -249,7 +246,7 @@ def task_of(tokenizer, post: Post, config: Config, budget: float | int) -> Task:
 def tasks_of(posts: list[Post], step: int, config: Config, tokenizer) -> list[Task]:
     """The tasks of a step: every epoch in an order of its own, and a budget for each post; a pure function of seed and
     step, so that resuming needs no state."""
-    budgets = parse_budgets(config.budgets) if by_model(parse_stages(config.stages)) else [0]
+    budgets = budgets_of(config) or [0]
     draw = np.random.default_rng([config.seed, step, 1])
     return [task_of(tokenizer, post, config, budgets[draw.integers(len(budgets))])
             for post in batch_of(posts, step, config)]
@@ -268,9 +265,6 @@ def batch_of(posts: list, step: int, config: Config) -> list:
         epoch, at = divmod(i, len(posts))
         batch.append(posts[np.random.default_rng([config.seed, epoch]).permutation(len(posts))[at]])
     return batch
-
-
-PENALTIES = {"length": "length_penalty", "repetition": "repetition_penalty"}  # rewards logged under another name
 
 
 def score(groups: list, tasks: list[Task], reward: rewards.Reward, config: Config, judges: list,
@@ -364,148 +358,6 @@ def stage_reference(path: Path, model, begins: bool):
     return reference.requires_grad_(False)
 
 
-# --- what a person sees -----------------------------------------------------------------------------------------------
-
-
-# The progress line: key of metrics.jsonl, title, width, format.
-COLUMNS = (("reward", "reward", 7, "{:.3f}"), ("length", "length", 6, "{:.1f}"), ("within_2", "±2", 5, "{:.0%}"),
-           ("within_10pct", "±10%", 5, "{:.0%}"), ("over", "over", 5, "{:.0%}"), ("missing", "none", 5, "{:.0%}"),
-           ("kl", "kl", 6, "{:.3f}"), ("entropy", "entropy", 7, "{:.2f}"),
-           ("distinct", "distinct", 8, "{:.2f}"), ("templated", "templ", 5, "{:.0%}"),
-           ("clip_frac", "clip", 5, "{:.0%}"), ("flat_groups", "flat", 5, "{:.0%}"), ("grad_norm", "grad", 5, "{:.2f}"),
-           ("logp_gap", "gap", 6, "{:.0e}"), ("tokens_per_s", "tok/s", 6, "{:.0f}"))
-
-
-class Log:
-    """The run's files and the lines on the screen."""
-
-    def __init__(self, folder: Path, config: Config, stages: list[Stage], step: int):
-        self.folder, self.config, self.stages, self.total = folder, config, stages, stages[-1].end
-        self.recent: list[dict] = []
-        self.shown = 0
-        self.first = self.last = step
-        if not (folder / "config.json").exists():
-            # METEOR's values depend on whether there are synonyms, so a run says where it got them.
-            text = json.dumps(dataclasses.asdict(config) | {"wordnet": str(find_wordnet() or "")}, indent=2) + "\n"
-            write_file(folder / "config.json", lambda part: part.write_text(text))
-        # What was logged after the checkpoint is about to happen again, and so is an evaluation that was not finished.
-        kept = {name: [row for row in read_lines(folder / f"{name}.jsonl") if row["step"] <= step]
-                for name in ("metrics", "eval", "samples")}
-        self.rows, self.warned = kept["metrics"], False
-        self.evaluated = {(row["step"], row["stage"]) for row in kept["eval"]}
-        kept["samples"] = [row for row in kept["samples"] if (row["step"], row["stage"]) in self.evaluated]
-        for name, rows in kept.items():
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_file(folder / f"{name}.jsonl", lambda part, text=text: part.write_text(text))
-
-    def say(self, text: str) -> None:
-        print(text, flush=True)
-
-    def append(self, name: str, row: dict) -> None:
-        path = self.folder / f"{name}.jsonl"
-        try:
-            with open(path, "a") as f:
-                f.write(json.dumps(row) + "\n")
-        except OSError as e:
-            raise OSError(f"Could not write {path} ({e.strerror}): the last checkpoint is good. Free some space, then "
-                          f"go on with --resume.") from e
-
-    def begin(self, model, posts: list, held_out: list) -> None:
-        c, n = self.config, sum(p.numel() for p in model.parameters())
-        adapters = sum(p.numel() for p in model.parameters() if p.requires_grad) if c.lora else 0
-        self.say(f"{c.model}: {n - adapters:,} parameters" + (f" and {adapters:,} in adapters" if c.lora else "")
-                 + f", {model.config.model_type}. {len(posts):,} posts to train on, "
-                 f"{len(held_out)} held out. {self.total} steps of {c.prompts} posts x {c.group} completions, "
-                 + (f"budgets {c.budgets} {c.budget_unit}" if by_model(self.stages) else f"target {c.target} tokens")
-                 + f". Everything goes to {self.folder}.")
-        if find_wordnet() is None and not by_model(self.stages):
-            self.say("There is no WordNet on this machine (WNSEARCHDIR, or apt install wordnet-base): METEOR matches "
-                     "equal words and stems, no synonyms.")
-        if self.first:
-            self.say(f"Resumed after step {self.first}.")
-
-    def evaluation(self, step: int, stage: int, model, tokenizer, held_out: list, judges: list) -> None:
-        """Evaluate once per (step, stage), even when the run was killed right after."""
-        if (step, stage) not in self.evaluated:
-            r = evaluate_squish(model, tokenizer, held_out, self.config, judges) if judges else \
-                evaluate(model, tokenizer, held_out, self.config)
-            summaries = r.pop("summaries")
-            for post, row in zip(held_out[:5], summaries):
-                self.append("samples", {"step": step, "stage": stage, "document": post.document,
-                                        "reference": post.reference, **row})
-            self.append("eval", {"step": step, "stage": stage, **r})
-        self.say(f"  held out, greedy, {'before training' if stage == 0 else f'after stage {stage}'}: "
-                 + describe(read_lines(self.folder / "eval.jsonl")[-1]))
-        self.shown = 0
-
-    def step(self, step: int, stage: Stage, line: dict, seconds: float) -> None:
-        """One line in metrics.jsonl for every step; one on the screen for every few, their mean."""
-        row = {"step": step, "stage": stage.number, **line, "kl": line.get("kl"),
-               "tokens_per_s": line["n_tokens"] / seconds, "seconds": seconds}
-        del row["n_tokens"]
-        self.append("metrics", row)
-        self.recent.append(row)
-        self.rows.append(row)
-        self.last = step
-        self.watch()
-        if step % self.config.print_every and step != stage.end and step != self.first + 1:
-            return
-        parts = [PENALTIES.get(n, n) for n in stage.reward.names if n != "length"]
-        columns = [COLUMNS[0], *((n, n, max(7, len(n)), "{:.3f}") for n in parts), *COLUMNS[1:]]
-        columns = [column for column in columns if column[0] in row]
-        if self.shown % 20 == 0:
-            head = "".join(f"{title:>{w + 1}}" for _, title, w, _ in columns)
-            self.say(f"\nstage {stage.number}: {stage.reward.expression}\n  step{head}   left")
-        self.shown += 1
-        text = f"{step:6d}"
-        for name, _, w, form in columns:
-            values = [row[name] for row in self.recent if row[name] is not None]
-            value = (max if name == "logp_gap" else fmean)(values) if values else None
-            text += f"{'-' if value is None else form.format(value):>{w + 1}}"
-        left = fmean(row["seconds"] for row in self.rows[-20:]) * (self.total - step)
-        self.say(f"{text}  {int(left // 60):2d}:{int(left % 60):02d}")
-        self.recent.clear()
-
-    def watch(self) -> None:
-        """Say it once when the completions become one or the same: a policy that games its reward begins with that."""
-        if self.warned or len(self.rows) < 20:
-            return
-        names = ("distinct", "templated", "repetition", "entropy", "flat_groups")
-        first, now = ({n: fmean(row[n] for row in rows) for n in names} for rows in (self.rows[:10], self.rows[-10:]))
-        wrong = [text for text, is_so in (
-            ("distinct word pairs in a group", now["distinct"] < 0.5 * first["distinct"]),
-            ("phrases said of several posts", now["templated"] > first["templated"] + 0.15),
-            ("phrases said twice in one summary", now["repetition"] > first["repetition"] + 0.05),
-            ("entropy", now["entropy"] < 0.25 * first["entropy"]),
-            ("groups whose rewards are all equal", now["flat_groups"] > first["flat_groups"] + 0.5)) if is_so]
-        if wrong:
-            self.warned = True
-            self.say("  Completions become alike (" + ", ".join(wrong) + "). At first and now: "
-                     + ", ".join(f"{n} {first[n]:.2f} and {now[n]:.2f}" for n in names)
-                     + ". Read some; more --beta or --temperature, or 0.1*distinct in the reward, can help.")
-
-    def grade(self, row: dict) -> str:
-        if "squish" not in row:
-            return f"{row['length']} tokens"
-        return f"SQUISH@{row['budget']} {row['squish']:.3f}, {row['used']:.0%} of the budget"
-
-    def finish(self, seconds: float) -> None:
-        """Curves, and what the run did to the first held-out posts."""
-        evals, samples = read_lines(self.folder / "eval.jsonl"), read_lines(self.folder / "samples.jsonl")
-        draw_curves(self.folder, self.config, [stage.end for stage in self.stages])
-        first = [row for row in samples if row["stage"] == 0]
-        last = [row for row in samples if row["stage"] == evals[-1]["stage"]]
-        for before, after in list(zip(first, last))[:3]:
-            self.say(f"\n  post       {before['document']}\n  reference  {before['reference']}\n"
-                     f"  before     {before['summary']} [{self.grade(before)}]\n"
-                     f"  after      {after['summary']} [{self.grade(after)}]")
-        goal = "" if "squish" in last[0] else f", target {self.config.target} tokens"
-        self.say(f"\nheld-out greedy summaries{goal}"
-                 f"\n  before  {describe(evals[0])}\n  after   {describe(evals[-1])}"
-                 f"\nDone in {int(seconds // 60)}:{int(seconds % 60):02d}. Look at {self.folder / 'curves.png'}; the "
-                 f"model is in {self.folder / 'model'}.")
-
-
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -586,7 +438,7 @@ def open_run(config: Config, resume: bool, given: dict) -> tuple[Config, Path]:
     folder = runs / config.run
     if (folder / "config.json").exists():
         raise FileExistsError(f"{folder} is there already: go on with --resume, or take another --run.")
-    if not by_model(parse_stages(config.stages)):  # what a budget comes to is not known before the posts are read
+    if not budgets_of(config):  # what a budget comes to is not known before the posts are read
         config.max_new_tokens = config.max_new_tokens or 2 * config.target
     return config, folder
 

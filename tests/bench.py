@@ -1,21 +1,31 @@
-"""Speed, ours against the libraries' own, in pairs on one machine. No test: it prints a table.
+"""Speed, ours against the libraries' own, in pairs on one machine. No test: it prints tables.
 
-    pip install -r tests/requirements.txt && python tests/bench.py
+    pip install -r tests/requirements.txt
+    python tests/bench.py rewards             # a minute
+    python tests/bench.py squish 4 1000       # of a model of 4 layers, on a document of 1,000 tokens: some minutes
 """
 
 import json
+import math
+import multiprocessing
 import random
+import resource
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from helpers import nltk_wordnet  # noqa: E402
+from helpers import byte_bpe, nltk_wordnet  # noqa: E402
 from nltk.translate.meteor_score import meteor_score  # noqa: E402
 from rouge_score.rouge_scorer import RougeScorer  # noqa: E402
 from sacrebleu.metrics import BLEU  # noqa: E402
 
+import squish as sq  # noqa: E402
+from model import Transformer, load, read_config, save  # noqa: E402
 from rewards import bleu, meteor, rouge_l, words_13a  # noqa: E402
 from rollout import TINY  # noqa: E402
 from words import find_wordnet  # noqa: E402
@@ -78,5 +88,93 @@ def rewards_against_libraries() -> None:
     print(f"{'all three':10} {1e3 * total:8.2f}")
 
 
+QWEN3_1_7B = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "hidden_size": 2048,
+              "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+              "head_dim": 128, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+              "tie_word_embeddings": True, "hidden_act": "silu", "bos_token_id": 0, "eos_token_id": 0,
+              "torch_dtype": "float32"}
+
+
+def in_a_process(job, *args):
+    """job(*args) in a process of its own -> (its result, seconds, GiB that it took at most over what it began with)."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(timed, (job, *args))
+
+
+def timed(job, *args):
+    call = job(*args)  # loads what it needs; what it returns is measured
+    begun = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+def squish_ours(folder, document, summaries):
+    model, tokenizer = load(folder)
+    return lambda: sq.squish(model, tokenizer, document, summaries, 1.0)
+
+
+def squish_obvious(folder, document, summaries):
+    """What one would write with transformers: all rows in one padded batch, all logits, log_softmax, gather, mask."""
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(folder)
+    first, middle = sq.TEMPLATE.removesuffix("{document}").split("{summary}")
+    text = tokenizer.encode(document).ids
+    contexts = [[0], *([0] + tokenizer.encode(first).ids + tokenizer.encode(s).ids + tokenizer.encode(middle).ids
+                       for s in summaries)]
+
+    @torch.no_grad()
+    def call():
+        longest = max(map(len, contexts)) + len(text)
+        ids = torch.tensor([c + text + [0] * (longest - len(c) - len(text)) for c in contexts])
+        mask = torch.tensor([[1] * (len(c) + len(text)) + [0] * (longest - len(c) - len(text)) for c in contexts])
+        is_document = torch.tensor([[0] * len(c) + [1] * len(text) + [0] * (longest - len(c) - len(text))
+                                    for c in contexts]).bool()
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        logp = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        bits = -(logp * is_document[:, 1:]).sum(1) / math.log(2)
+        return ((bits[0] - bits[1:]) / bits[0]).tolist()
+
+    return call
+
+
+def load_tokenizer(folder):
+    from tokenizers import Tokenizer
+    return Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+
+
+def squish_against_transformers(layers: int, document_tokens: int, G: int = 8) -> None:
+    raw = QWEN3_1_7B | {"num_hidden_layers": layers}
+    tokenizer, rng = byte_bpe(), random.Random(0)
+    words = ["lost", "a", "shoe", "in", "the", "post", "and", "found", "other", "one", "about", "tokens"]
+    document = " ".join(rng.choice(words) for _ in range(3 * document_tokens))
+    document = sq.cut(tokenizer, document, document_tokens)
+    summaries = [sq.cut(tokenizer, " ".join(rng.choice(words) for _ in range(300)), rng.randrange(50, 100))
+                 for _ in range(G)]
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        model = Transformer(read_config(raw, "bench"))
+        for p in model.parameters():
+            if p.ndim == 2:
+                torch.nn.init.uniform_(p.data, -0.03, 0.03)
+        model.raw_config = raw
+        save(model, tokenizer, folder)
+        weights = sum(p.numel() for p in model.parameters()) * 4 / 2 ** 30
+        del model
+        print(f"SQUISH of {G} summaries of a document of {document_tokens} tokens (and of it alone), Qwen3-1.7B's "
+              f"shape with {layers} of 28 layers, float32: {weights:.1f} GiB of weights")
+        print(f"{'':14} {'seconds':>8} {'peak GiB':>9} {'without weights':>16}")
+        rows = {}
+        for name, job in (("ours", squish_ours), ("transformers", squish_obvious)):
+            rows[name] = in_a_process(job, folder, document, summaries)
+            print(f"{name:14} {rows[name][1]:8.1f} {rows[name][2]:9.2f} {rows[name][2] - weights:16.2f}", flush=True)
+        (a, ours, mine), (b, theirs, peak) = rows.values()
+        print(f"ratio          {ours / theirs:8.2f} {mine / peak:9.2f} {(mine - weights) / (peak - weights):16.2f}    "
+              f"largest difference {max(abs(x - y) for x, y in zip(a, b)):.1e}")
+
+
 if __name__ == "__main__":
-    rewards_against_libraries()
+    if sys.argv[1:2] == ["squish"]:
+        squish_against_transformers(*map(int, sys.argv[2:4]))
+    else:
+        rewards_against_libraries()

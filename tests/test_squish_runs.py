@@ -1,0 +1,444 @@
+"""SQUISH in use: runs that are trained by it, their evaluation, and the benchmark with its servers and its cache."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import benchmark
+import eval as evaluation
+import rewards
+import train
+from model import Linear, load, load_adapters
+from rollout import TINY, Post, load_posts, sample
+from squish import CLOSE, cost, encode, extract, squish
+
+ROOT = Path(__file__).parent.parent
+RUN = ["--stages", "squish:6", "--lora", "4", "--prompts", "2", "--group", "4", "--eval-posts", "3", "--lr", "1e-2",
+       "--save-every", "2", "--print-every", "1", "--beta", "0.02"]
+TIMINGS = {"seconds", "tokens_per_s"}
+
+
+@pytest.fixture
+def cwd(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def start(cwd: Path, *args: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    cwd = tmp_path_factory.mktemp("squish")
+    out, _ = (process := start(cwd, *RUN, "--run", "r")).communicate(timeout=300)
+    assert process.returncode == 0, out
+    return cwd / "runs" / "r"
+
+
+def test_a_run_logs_what_became_of_the_summaries_and_leaves_adapters(whole):
+    rows, evals = lines(whole / "metrics.jsonl"), lines(whole / "eval.jsonl")
+    assert {"squish", "over", "missing", "length", "kl", "entropy", "flat_groups", "logp_gap"} <= rows[0].keys()
+    assert "within_2" not in rows[0]
+    assert max(row["logp_gap"] for row in rows) < 1e-4 and rows[0]["kl"] == 0 < rows[-1]["kl"]
+    assert {f"{name}@{b}" for name in ("squish", "over", "missing", "used") for b in (0.1, 0.2)} <= evals[0].keys()
+    assert (evals[0]["step"], evals[-1]["step"], evals[0]["n"]) == (0, 6, 3)
+    # The base was frozen: the adapters on top of it are the merged model.
+    merged, _ = load(whole / "model")
+    model, _ = load(TINY)
+    load_adapters(model, whole / "adapter")
+    x = torch.arange(12)[None] + 300
+    torch.testing.assert_close(model(x), merged(x), rtol=0, atol=1e-4)
+    base, _ = load(TINY)
+    with model.adapters_off():
+        assert torch.equal(model(x), base(x))
+    assert (model(x) - base(x)).abs().max() > 1e-3
+    # A checkpoint holds what is trained: 155,648 / 4 float32 and their two moments, not the model.
+    assert (whole / "checkpoint" / "state.pt").stat().st_size < 3 * 4 * 155_648 / 4 * 1.6
+
+
+def test_every_number_of_such_a_run_is_explained_in_the_readme(whole):
+    readme = (ROOT / "README.md").read_text()
+    for name in lines(whole / "metrics.jsonl")[-1].keys() | lines(whole / "eval.jsonl")[-1].keys():
+        assert f"`{name.partition('@')[0]}" in readme, name
+
+
+def test_a_killed_run_resumes_bit_for_bit(whole, cwd):
+    dice = random.Random(time.time_ns())
+    moment = dice.randint(1, 5)
+    print("killed at", moment)
+    process = start(cwd, *RUN, "--run", "r")
+    path = cwd / "runs" / "r" / "metrics.jsonl"
+    while process.poll() is None and not (path.exists() and path.read_text().count("\n") >= moment):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    out, _ = (process := start(cwd, "--resume", "--run", "r")).communicate(timeout=300)
+    assert process.returncode == 0, out
+    mine = cwd / "runs" / "r"
+    for name in ("metrics", "eval", "samples"):
+        assert [{k: v for k, v in row.items() if k not in TIMINGS} for row in lines(mine / f"{name}.jsonl")] == \
+            [{k: v for k, v in row.items() if k not in TIMINGS} for row in lines(whole / f"{name}.jsonl")]
+    assert (mine / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+
+
+def config(**more) -> train.Config:
+    return train.Config(**({"stages": ("squish:2",), "budgets": "0.1,0.4,60", "prompts": 2, "group": 4} | more))
+
+
+def judged(config, seed=0):
+    """Groups of the embedded model, scored; (groups, tasks, the line of the log, judges)."""
+    model, tokenizer = load(TINY)
+    posts = load_posts("tiny", "val")[:8]
+    tasks = train.tasks_of(posts, 1, config, tokenizer)
+    groups = sample(model, [task.prompt for task in tasks], config.group, 60, seed=seed, tokenizer=tokenizer,
+                    stop_text=CLOSE)
+    judges = [(model, tokenizer)]
+    stage, = train.parse_stages(config.stages)
+    return groups, tasks, train.score(groups, tasks, stage.reward, config, judges, tokenizer), judges
+
+
+def test_the_loop_s_reward_is_the_squish_of_what_stands_before_the_closing_tag():
+    groups, tasks, line, judges = judged(config())
+    everything, n_over, n_missing = [], 0, 0
+    for group, task in zip(groups, tasks):
+        summaries = [extract(text, True) for text in group.texts]
+        expected = squish(*judges[0], task.post.document, summaries, task.budget)
+        assert group.rewards.tolist() == pytest.approx(
+            [e if s else min(expected) for e, s in zip(expected, summaries)], abs=1e-6)
+        everything += expected
+        limit = task.budget if isinstance(task.budget, int) else task.budget * len(task.post.document)
+        n_over += sum(bool(s) and len(s) > limit for s in summaries)
+        n_missing += sum(not s for s in summaries)
+    assert line["squish"] == pytest.approx(np.mean(everything), abs=1e-6)
+    assert (line["over"], line["missing"]) == (n_over / 8, n_missing / 8) and n_over > 0
+
+
+def test_cost_and_penalty_reach_the_reward():
+    groups, tasks, line, judges = judged(config(stages=("squish - 0.5*cost:1",), missing="penalty"))
+    for group, task in zip(groups, tasks):
+        summaries = [extract(text, True) for text in group.texts]
+        values = [a - 0.5 * b for a, b in zip(squish(*judges[0], task.post.document, summaries, task.budget),
+                                              cost(*judges[0], task.post.document, summaries))]
+        there = [v for v, s in zip(values, summaries) if s]
+        low = min(there) - max(max(there) - min(there), 0.1)
+        assert group.rewards.tolist() == pytest.approx([v if s else low for v, s in zip(values, summaries)], abs=1e-5)
+    assert line["cost"] > 0
+
+
+def test_budgets_are_drawn_for_each_document_and_the_prompt_says_them():
+    model, tokenizer = load(TINY)
+    posts, c = load_posts("tiny", "val")[:40], config(prompts=4)
+    tasks = [task for step in range(30) for task in train.tasks_of(posts, step, c, tokenizer)]
+    assert {task.budget for task in tasks} == {0.1, 0.4, 60}
+    counts = [sum(task.budget == b for task in tasks) for b in (0.1, 0.4, 60)]
+    assert min(counts) > 20
+    for task in tasks[:6]:
+        wanted = task.budget if task.budget == 60 else int(round(task.budget * len(task.post.document), 6))
+        assert task.target == wanted
+        text = tokenizer.decode(task.prompt)
+        assert f"at most {wanted} characters, about {round(0.9 * wanted)}." in text and text.endswith("<summary>\n")
+    again = train.tasks_of(posts, 7, c, tokenizer)
+    assert again == tasks[28:32]
+    assert train.tasks_of(posts, 7, config(prompts=4, seed=1), tokenizer) != again
+    token_task = train.task_of(tokenizer, posts[0], config(budget_unit="tokens"), 0.5)
+    assert token_task.target == int(0.5 * len(encode(tokenizer, posts[0].document).ids))
+    assert "tokens, about" in tokenizer.decode(token_task.prompt)
+
+
+def test_the_reference_is_the_policy_s_own_start_or_others():
+    model, tokenizer = load(TINY)
+    kl, judges = train.references(config(lora=4), model, tokenizer)
+    assert kl is model and judges == [(model, tokenizer)]  # LoRA: one set of weights for all three
+    kl, judges = train.references(config(), model, tokenizer)
+    assert kl is judges[0][0] and kl is not model and not any(p.requires_grad for p in kl.parameters())
+    kl, judges = train.references(config(beta=0.0, references="tiny,tiny"), model, tokenizer)
+    assert kl is None and len(judges) == 2 and model not in [judge for judge, _ in judges]
+    kl, judges = train.references(config(stages=("length:2",)), model, tokenizer)
+    assert kl is not None and judges == []
+
+
+def test_a_stage_s_reference_has_the_adapters_inside(tmp_path):
+    """--stage-ref previous under LoRA: switching the policy's adapters off must not touch the reference."""
+    from model import add_lora
+    model, _ = load(TINY)
+    add_lora(model, 2, 4.0)
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, Linear):
+                m.lora_B.normal_(0, 0.1)
+    x = torch.arange(12)[None] + 300
+    now = model(x)
+    for begins in (True, False):  # copied when the stage begins, read when a run is resumed
+        if not begins:
+            with torch.no_grad():
+                model.layers[0].mlp.up_proj.lora_B.zero_()  # the policy has moved on
+        reference = train.stage_reference(tmp_path / "stage.pt", model, begins)
+        with reference.adapters_off():
+            torch.testing.assert_close(reference(x), now, rtol=0, atol=1e-4)
+        assert not any(p.requires_grad for p in reference.parameters())
+
+
+def test_the_evaluation_counts_missing_and_over_budget_summaries_as_nothing():
+    model, tokenizer = load(TINY)
+    posts = load_posts("tiny", "val")[:6]
+    c = evaluation.Config(budgets="0.1,0.3,1.0", max_new_tokens=40)
+    r = evaluation.evaluate_squish(model, tokenizer, posts, c, [(model, tokenizer)])
+    for b in (0.1, 0.3, 1.0):
+        rows = [row for row in r["summaries"] if row["budget"] == b]
+        assert len(rows) == 6 == r["n"]
+        for row, post in zip(rows, posts):
+            expected = squish(model, tokenizer, post.document, [row["summary"]], b)[0]
+            assert row["squish"] == pytest.approx(expected, abs=1e-6)
+            assert row["over"] == (len(row["summary"]) > b * len(post.document)) and row["missing"] == (
+                not row["summary"])
+            assert row["used"] == pytest.approx(len(row["summary"]) / int(b * len(post.document)), rel=0.03)
+        assert r[f"squish@{b}"] == pytest.approx(np.mean([row["squish"] for row in rows]))
+        assert r[f"over@{b}"] == np.mean([row["over"] for row in rows])
+    assert r["over@0.1"] > r["over@1.0"] and r["squish@1.0"] > 0
+
+
+def refused(capsys, main, *args) -> str:
+    try:
+        code = main(list(args))
+    except SystemExit as e:
+        code = e.code
+    err = capsys.readouterr().err
+    assert code != 0 and "Traceback" not in err and err.strip().count("\n") <= (1 if "usage" in err else 0), err
+    return err
+
+
+def test_bad_settings_are_sentences(cwd, capsys):
+    few = ["--stages", "squish:1", "--eval-posts", "1"]
+    assert "0.05,0.1,200" in refused(capsys, train.main, *few, "--budgets", "ten")
+    assert "0.05,0.1,200" in refused(capsys, train.main, *few, "--budgets", "0.1,-2")
+    assert "rank" in refused(capsys, train.main, *few, "--lora", "4", "--lora-targets", "q")
+    assert "negative" in refused(capsys, train.main, *few, "--lora", "-1")
+    assert "char_length" in refused(capsys, train.main, "--stages", "squish+length:1")
+    assert "notes" in refused(capsys, train.main, *few, "--template", "none")
+    (cwd / "long.jsonl").write_text("".join(json.dumps({"text": "a long story " * 500, "id": i}) + "\n"
+                                            for i in range(20)))
+    assert "--max-document" in refused(capsys, train.main, *few, "--data", "long.jsonl", "--max-new-tokens", "40")
+    bench = evaluation.main
+    assert "no folder" in refused(capsys, bench, "squish", "--models", "nowhere", "--n", "2")
+    assert "no folder" in refused(capsys, bench, "squish", "--references", "nowhere", "--n", "2")
+    assert "0.05,0.1,200" in refused(capsys, bench, "squish", "--budgets", "x")
+    assert "temperature" in refused(capsys, bench, "squish", "--samples", "2")
+    (cwd / "broken.sqlite").write_text("this is no data base, and long enough to be looked at by its reader" * 20)
+    assert "--cache" in refused(capsys, bench, "squish", "--cache", "broken.sqlite", "--n", "2")
+
+
+def test_documents_are_cut_before_anybody_sees_them(cwd):
+    (cwd / "long.jsonl").write_text("".join(json.dumps({"text": f"{i}. a long story " * 200, "id": i}) + "\n"
+                                            for i in range(20)))
+    c = config(data="long.jsonl", max_document=50)
+    model, tokenizer, posts, held_out = train.prepare(c, train.parse_stages(c.stages))
+    for post in posts + held_out:
+        assert 45 <= len(encode(tokenizer, post.document).ids) <= 50 and not post.reference
+    task = train.task_of(tokenizer, posts[0], c, 0.4)
+    assert posts[0].document in tokenizer.decode(task.prompt)
+
+
+# --- the benchmark ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A chat server on this machine. `answers` is a function from the request to (status, headers, text)."""
+    seen = SimpleNamespace(bodies=[], answer=None, together=0, most=0, lock=threading.Lock())
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with seen.lock:
+                seen.bodies.append(body)
+                seen.together += 1
+                seen.most = max(seen.most, seen.together)
+                n = sum(b["messages"] == body["messages"] for b in seen.bodies)
+            status, headers, text = seen.answer(body, n)
+            with seen.lock:
+                seen.together -= 1
+            if status is None:
+                self.connection.close()
+                return
+            data = json.dumps({"choices": [{"message": {"content": text}}]}).encode() if status == 200 else \
+                text.encode()
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    seen.url = f"http://127.0.0.1:{http.server_port}/v1#some-model"
+    monkeypatch.setattr(benchmark, "WAIT", 0.01)
+    yield seen
+    http.shutdown()
+    http.server_close()
+
+
+def bench(*args) -> list[dict]:
+    assert evaluation.main(["squish", "--n", "4", "--budgets", "0.3", *args]) == 0
+    return lines(Path("runs/squish/scores.jsonl"))
+
+
+def first_words(body, room=100):
+    return "Here it is: <summary>" + body["messages"][1]["content"][:room] + "</summary> Voila."
+
+
+def test_models_servers_and_baselines_stand_in_one_table(server, cwd, capsys):
+    server.answer = lambda body, n: (200, {}, first_words(body))
+    rows = {r["model"]: r for r in bench("--models", "tiny", server.url)}
+    assert list(rows) == ["tiny", server.url, "first", "reference", "other", "empty"]
+    model, tokenizer = load(TINY)
+    posts = load_posts("tiny", "test")[:4]
+
+    def mean(texts):
+        return np.mean([squish(model, tokenizer, post.document, [text], 0.3)[0] for post, text in zip(posts, texts)])
+
+    rooms = [int(0.3 * len(post.document)) for post in posts]
+    assert rows["first"]["squish"] == pytest.approx(mean([p.document[:n] for p, n in zip(posts, rooms)]), abs=1e-6)
+    assert rows["reference"]["squish"] == pytest.approx(mean([p.reference[:n] for p, n in zip(posts, rooms)]), abs=1e-6)
+    assert rows["other"]["squish"] < 0 < rows["first"]["squish"] and rows["empty"]["squish"] == 0
+    assert rows[server.url]["squish"] == pytest.approx(mean([p.document[:100].strip() for p in posts]), abs=1e-6)
+    assert (rows["empty"]["failed"], rows["empty"]["coverage"], rows["first"]["coverage"]) == (1, 0, 1)
+    asked = server.bodies[0]
+    assert asked["model"] == "some-model" and asked["messages"][1]["content"] in [p.document for p in posts]
+    room = rooms[[p.document for p in posts].index(asked["messages"][1]["content"])]
+    assert f"at most {room} characters, about {round(0.9 * room)}." in asked["messages"][0]["content"]
+    assert (cwd / "runs/squish/chart.png").read_bytes().startswith(b"\x89PNG")
+    text = (cwd / "runs/squish/table.md").read_text()
+    assert text in capsys.readouterr().out and text.count("\n") == 8
+
+
+def test_what_was_written_once_is_not_asked_for_again(server, cwd):
+    server.answer = lambda body, n: (200, {}, first_words(body))
+    before = bench("--models", server.url)
+    assert len(server.bodies) == 4
+    assert bench("--models", server.url) == before and len(server.bodies) == 4
+    bench("--models", server.url, "--temperature", "1", "--samples", "2")  # other settings: other answers
+    assert len(server.bodies) == 12 and {b["seed"] for b in server.bodies[4:]} == {0, 1}
+    bench("--models", server.url, "--budgets", "0.2")
+    assert len(server.bodies) == 16
+    bench("--models", server.url.replace("some", "other"))
+    assert len(server.bodies) == 20
+
+
+def test_requests_go_out_together_and_come_back_in_order(server, cwd):
+    def answer(body, n):
+        time.sleep(0.1)
+        return 200, {}, first_words(body)
+
+    server.answer = answer
+    rows = {r["model"]: r for r in bench("--models", server.url, "--jobs", "4")}
+    assert server.most > 1
+    posts = load_posts("tiny", "test")[:4]
+    assert [s["summary"] for s in rows[server.url]["summaries"]] == [p.document[:100].strip() for p in posts]
+
+
+@pytest.mark.parametrize("fault", [(500, {}, "oops"), (429, {"Retry-After": "0.02"}, "slow down"), (None, {}, ""),
+                                   (503, {}, "")])
+def test_a_fault_that_passes_is_waited_for(server, cwd, fault):
+    server.answer = lambda body, n: fault if n < 3 else (200, {}, first_words(body))
+    rows = {r["model"]: r for r in bench("--models", server.url)}
+    assert rows[server.url]["failed"] == 0 and len(server.bodies) == 12
+
+
+def test_what_fails_for_good_counts_nothing_and_is_tried_again_next_time(server, cwd):
+    """One document of four is never answered, one answer has no tags, one is over budget: the mean is over four."""
+    posts = load_posts("tiny", "test")[:4]
+
+    def answer(body, n):
+        i = [p.document for p in posts].index(body["messages"][1]["content"])
+        return [(500, {}, "no"), (200, {}, "A summary."), (200, {}, first_words(body, 9999)),
+                (200, {}, first_words(body))][i]
+
+    server.answer = answer
+    row = {r["model"]: r for r in bench("--models", server.url)}[server.url]
+    model, tokenizer = load(TINY)
+    good = squish(model, tokenizer, posts[3].document, [posts[3].document[:100]], 0.3)[0]
+    assert row["squish"] == pytest.approx(good / 4, abs=1e-6)
+    assert (row["failed"], row["over"], row["coverage"]) == (0.5, 0.25, 0.25)
+    n = len(server.bodies)
+    assert n == benchmark.TRIES + 3
+    server.answer = lambda body, n: (200, {}, first_words(body))
+    row = {r["model"]: r for r in bench("--models", server.url)}[server.url]
+    assert row["failed"] == 0.25 and len(server.bodies) == n + 1  # the one that failed, and no other
+
+
+def test_a_server_that_will_never_answer_is_a_sentence(server, cwd, capsys):
+    args = ["squish", "--n", "2", "--models"]
+    server.answer = lambda body, n: (401, {}, "bad key")
+    assert "OPENAI_API_KEY" in refused(capsys, evaluation.main, *args, server.url) and len(server.bodies) <= 8
+    server.answer = lambda body, n: (200, {}, None)  # an empty answer is a missing summary
+    assert evaluation.main([*args, server.url]) == 0
+    capsys.readouterr()
+    nowhere = "http://127.0.0.1:9/v1#some-model"
+    assert "cannot be reached" in refused(capsys, evaluation.main, *args, nowhere)
+
+
+def test_a_model_that_was_trained_again_is_another_model(tmp_path, cwd):
+    import shutil
+    shutil.copytree(TINY, tmp_path / "m", ignore=shutil.ignore_patterns("*.py", "*.jsonl"))
+    before = benchmark.identity(str(tmp_path / "m"))
+    assert benchmark.identity(str(tmp_path / "m")) == before
+    path = tmp_path / "m" / "model.safetensors"
+    path.write_bytes(path.read_bytes())
+    import os
+    os.utime(path, ns=(1, 1))
+    assert benchmark.identity(str(tmp_path / "m")) != before
+
+
+def test_several_references_are_averaged(cwd):
+    import shutil
+    shutil.copytree(TINY, "m", ignore=shutil.ignore_patterns("*.py", "*.jsonl"))
+    one = {r["model"]: r for r in bench("--models", "first")}
+    two = {r["model"]: r for r in bench("--models", "first", "--references", "tiny,m")}
+    assert two["first"]["squish"] == pytest.approx(one["first"]["squish"], abs=1e-6)
+
+
+def test_a_baseline_of_tokens_is_cut_in_tokens():
+    _, tokenizer = load(TINY)
+    posts = [Post("A cat sat on a mat, and a dog sat on a log.", "A cat and a dog sat.", "1"),
+             Post("Tom won a race.", "Tom won.", "2")]
+    c = evaluation.Config(budget_unit="tokens")
+    for name in ("first", "reference", "other"):
+        for text in benchmark.baseline(name, posts, 3, c, tokenizer):
+            assert 0 < len(encode(tokenizer, text).ids) <= 3
+    assert benchmark.baseline("empty", posts, 3, c, tokenizer) == [None, None]
+
+
+def test_the_free_text_before_the_summary_is_not_scored():
+    """--template notes: what is thought first costs no budget and earns nothing."""
+    model, tokenizer = load(TINY)
+    post = load_posts("tiny", "val")[0]
+    c = config(template="notes")
+    task = train.task_of(tokenizer, post, c, 0.4)
+    text = f" It is about a goat, and that is long to say. {post.document} <summary>{post.reference[:60]}</summary>"
+    group = SimpleNamespace(texts=[text, text.replace("<summary>", ""), "", text], mask=torch.ones(4, 3).bool(),
+                            lengths=torch.tensor([3, 3, 0, 3]))
+    line = train.score([group], [task], rewards.parse("squish"), c, [(model, tokenizer)], tokenizer)
+    expected = squish(model, tokenizer, post.document, [post.reference[:60].strip()], 0.4)[0]
+    assert group.rewards.tolist() == pytest.approx([expected, 0, 0, expected], abs=1e-6) and expected > 0
+    assert (line["missing"], line["over"]) == (0.5, 0.0)
