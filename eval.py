@@ -194,7 +194,7 @@ def draw_curves(folder: Path, config, stage_ends: list[int]) -> None:
         ax.set_title(title, fontsize=10)
 
     def dots(ax, name):
-        label = "held out, greedy" + name[name.find("@"):] * ("@" in name)
+        label = "held out, greedy" + (f", budget {name.partition('@')[2]}" if "@" in name else "")
         ax.plot([e["step"] for e in evals], [e[name] for e in evals], "o", label=label,
                 color=f"C{3 + len(ax.get_legend_handles_labels()[1])}")
         ax.legend(fontsize=8)
