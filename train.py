@@ -26,6 +26,7 @@ import torch
 
 import grpo
 import rewards
+from adamw import AdamW
 from eval import ask, content_lengths, opened, parse_budgets, room_for, within
 from grpo import flag
 from log import PENALTIES, Log
@@ -70,8 +71,7 @@ class Config(grpo.Config):
     save_every: int = flag(20, "steps between checkpoints")
     print_every: int = flag(5, "steps between printed lines; each line is a mean over them")
     checkpointing: bool = flag(False, "recompute each layer in backward: less memory, about a third more time")
-    dtype: str = flag("float32", "of the weights that are trained; bfloat16 forgets small updates",
-                      choices=("float32", "bfloat16"))
+    lean: bool = flag(False, "bfloat16 weights and moments, rounded at random: half the memory (adamw.py)")
     device: str = flag("", "cpu, cuda or mps; empty: cuda where there is one, else cpu")
 
 
@@ -114,8 +114,7 @@ def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:
     stages = parse_stages(config.stages)
     model, tokenizer, posts, held_out = prepare(config, stages)
     reference, judges = references(config, model, tokenizer)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, 0.99),
-                                  eps=1e-8, weight_decay=config.weight_decay, fused=True)
+    optimizer = make_optimizer(config, model)
     step = load_checkpoint(folder, model, optimizer) if resume else 0
     log = Log(folder, config, stages, step)
     log.begin(model, posts, held_out)
@@ -165,7 +164,7 @@ def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:
 def prepare(config: Config, stages: list[Stage]):
     """Model, tokenizer, posts to train on and held-out posts; what cannot work is refused here, before any step."""
     model, tokenizer = load(TINY if config.model == "tiny" else config.model, config.device or None,
-                            getattr(torch, config.dtype))
+                            weight_type(config))
     if tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer.json: copy it there from the model it was made of.")
     if config.lora:
@@ -208,6 +207,18 @@ def prepare(config: Config, stages: list[Stage]):
     return model, tokenizer, posts, held_out[:config.eval_posts]
 
 
+def weight_type(config: Config) -> torch.dtype:
+    return torch.bfloat16 if config.lean else torch.float32
+
+
+def make_optimizer(config: Config, model) -> torch.optim.Optimizer:
+    """AdamW over what is trained. Adapters are float32 even under --lean, so torch's own serves them."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if config.lean and not config.lora:
+        return AdamW(trained, config.lr, weight_decay=config.weight_decay, seed=config.seed)
+    return torch.optim.AdamW(trained, config.lr, (0.9, 0.99), 1e-8, config.weight_decay, fused=True)
+
+
 def references(config: Config, model, tokenizer) -> tuple:
     """The model that the KL holds to, or None, and the (model, tokenizer) pairs that measure SQUISH, if any.
 
@@ -219,7 +230,7 @@ def references(config: Config, model, tokenizer) -> tuple:
         start = model if config.lora else copy.deepcopy(model).requires_grad_(False)
     judges = []
     for name in names if measured else []:
-        judge, words = load(TINY if name == "tiny" else name, config.device or None, getattr(torch, config.dtype))
+        judge, words = load(TINY if name == "tiny" else name, config.device or None, weight_type(config))
         if words is None:
             raise ValueError(f"{name} has no tokenizer.json: copy it there from the model it was made of.")
         judges.append((judge.requires_grad_(False), words))

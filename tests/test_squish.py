@@ -141,6 +141,24 @@ def test_what_a_document_costs_is_computed_once_and_again_when_the_model_changes
         model.layers[0].mlp.up_proj.weight.mul_(1.5)
     assert information(model, tokenizer, DOCUMENT) != first and len(calls) == 4
     assert information(reference(seed=1), tokenizer, DOCUMENT) != first and len(calls) == 5
+    add_lora(model, 2, 4.0)  # the base is as it was, and stays so when the adapters learn
+    changed = information(model, tokenizer, DOCUMENT)
+    with torch.no_grad():
+        model.layers[0].mlp.up_proj.lora_B.add_(1.0)
+    assert information(model, tokenizer, DOCUMENT) == changed and len(calls) == 5
+
+
+def test_a_tokenizer_that_puts_tokens_around_a_text_puts_none_into_the_sums():
+    """Llama's and LFM2's begin every text with bos by themselves: here it stands once, before everything."""
+    from tokenizers.processors import TemplateProcessing
+    plain, eager = byte_bpe(), byte_bpe()
+    eager.post_processor = TemplateProcessing(single="<|endoftext|> $A <|im_end|>",
+                                              special_tokens=[("<|endoftext|>", 0), ("<|im_end|>", 2)])
+    assert len(eager.encode("x").ids) == 3
+    for summary in (None, SUMMARY):
+        assert torch.equal(token_bits(reference(), eager, DOCUMENT, [summary]),
+                           token_bits(reference(), plain, DOCUMENT, [summary]))
+    assert cut(eager, DOCUMENT, 9) == cut(plain, DOCUMENT, 9)
 
 
 def test_text_that_spells_tags_and_control_tokens_is_text(tokenizer):
