@@ -3,6 +3,8 @@
     pip install -r tests/requirements.txt
     python tests/bench.py rewards             # a minute
     python tests/bench.py squish 4 1000       # of a model of 4 layers, on a document of 1,000 tokens: some minutes
+    python tests/bench.py sampling 0.5b       # 8 x 64 tokens after a prompt of 384; or small: seconds
+    python tests/bench.py step small          # a whole GRPO step against trl's; 0.5b takes long
 """
 
 import json
@@ -173,8 +175,188 @@ def squish_against_transformers(layers: int, document_tokens: int, G: int = 8) -
               f"largest difference {max(abs(x - y) for x, y in zip(a, b)):.1e}")
 
 
+SHAPES = {
+    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+             "num_key_value_heads": 2, "vocab_size": 151936},
+    "small": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "vocab_size": 4096},
+}
+PROMPT, NEW, STEPS = 384, 64, 3
+
+
+def write_model(folder: str, shape: str) -> float:
+    """A Qwen2.5 of random weights, with a tokenizer of few words -> GiB of its float32 weights."""
+    raw = SHAPES[shape] | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_theta": 1e6,
+                           "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+                           "hidden_act": "silu", "bos_token_id": 0, "eos_token_id": 2, "torch_dtype": "float32"}
+    torch.manual_seed(0)
+    model = Transformer(read_config(raw, "bench"))
+    for p in model.parameters():
+        torch.nn.init.uniform_(p.data, -0.03, 0.03) if p.ndim == 2 else None
+    model.raw_config = raw
+    words = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    model.sidecars = {"tokenizer_config.json": json.dumps(words).encode()}
+    save(model, byte_bpe(), folder)
+    return sum(p.numel() for p in model.parameters()) * 4 / 2 ** 30
+
+
+def prompt_ids(n: int) -> list[list[int]]:
+    """n prompts of PROMPT tokens each."""
+    rng = random.Random(0)
+    return [[rng.randrange(20, 250) for _ in range(PROMPT)] for _ in range(n)]
+
+
+def bandwidth() -> float:
+    """GiB a second at which this machine reads memory: the sum of 512 MiB, best of five."""
+    x, best = torch.ones(2 ** 27), math.inf
+    for _ in range(5):
+        begun = time.perf_counter()
+        x.sum()
+        best = min(best, time.perf_counter() - begun)
+    return 0.5 / best
+
+
+def sampling_ours(folder):
+    from rollout import sample
+    model, _ = load(folder)
+    prompts = prompt_ids(1)
+    sample(model, prompts, 8, 2, stop_ids=[])
+
+    def call():
+        begun = time.perf_counter()
+        sample(model, prompts, 8, 1, stop_ids=[])
+        first = time.perf_counter()
+        sample(model, prompts, 8, NEW, stop_ids=[])
+        return time.perf_counter() - first, first - begun
+
+    return call
+
+
+def sampling_transformers(folder):
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor(prompt_ids(1)).expand(8, -1)
+
+    def generate(n):
+        with torch.no_grad():
+            model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=n, min_new_tokens=n,
+                           temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
+
+    generate(2)
+
+    def call():
+        begun = time.perf_counter()
+        generate(1)
+        first = time.perf_counter()
+        generate(NEW)
+        return time.perf_counter() - first, first - begun
+
+    return call
+
+
+def sampling_against_transformers(shape: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        weights = write_model(folder, shape)
+        speed = bandwidth()
+        print(f"sampling 8 x {NEW} tokens after a prompt of {PROMPT}, {shape} shape, float32, {weights:.2f} GiB of "
+              f"weights; memory is read at {speed:.1f} GiB/s, so no step takes less than {1e3 * weights / speed:.0f} ms")
+        print(f"{'':14} {'seconds':>8} {'of them prompt':>15} {'tokens/s':>9} {'ms a step':>10} {'of the floor':>13}")
+        rows = {}
+        for name, job in (("ours", sampling_ours), ("transformers", sampling_transformers)):
+            (total, first), _, _ = in_a_process(job, folder)
+            step = (total - first) / (NEW - 1)
+            rows[name] = total
+            print(f"{name:14} {total:8.2f} {first:15.2f} {8 * NEW / total:9.0f} {1e3 * step:10.1f} "
+                  f"{weights / speed / step:13.0%}", flush=True)
+        print(f"transformers takes {rows['transformers'] / rows['ours']:.1f} times as long")
+
+
+def step_ours(folder, groups, lean, checkpointing):
+    import copy
+
+    import grpo
+    from adamw import AdamW
+    from rollout import sample
+    model, tokenizer = load(folder, dtype=torch.bfloat16 if lean else torch.float32)
+    model.checkpointing = checkpointing
+    reference = copy.deepcopy(model).requires_grad_(False)
+    optimizer = AdamW(model.parameters(), 1e-6) if lean else torch.optim.AdamW(model.parameters(), 1e-6, fused=True)
+    config = grpo.Config(beta=0.05)
+
+    def call():
+        times = []
+        for i in range(STEPS):
+            begun = time.perf_counter()
+            batch = sample(model, prompt_ids(groups), 8, NEW, stop_ids=[], seed=i, tokenizer=tokenizer)
+            sampled = time.perf_counter()
+            for group in batch:
+                group.rewards = torch.arange(8.0)
+            grpo.update(model, reference, batch, optimizer, config)
+            times.append((time.perf_counter() - begun, sampled - begun))
+        return times
+
+    return call
+
+
+def step_trl(folder, groups, lean, checkpointing):
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = [tokenizer.decode(ids) for ids in prompt_ids(groups)]
+    marks = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            marks.append(time.perf_counter())
+
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if lean else torch.float32),
+        reward_funcs=lambda completions, **_: [float(i % 8) for i in range(len(completions))],
+        train_dataset=Dataset.from_dict({"prompt": prompts * (STEPS + 1)}), processing_class=tokenizer,
+        callbacks=[Clock()],
+        args=GRPOConfig(output_dir=folder + "/trl", per_device_train_batch_size=8 * groups, num_generations=8,
+                        max_completion_length=NEW, max_steps=STEPS, beta=0.05, learning_rate=1e-6, temperature=1.0,
+                        loss_type="grpo", gradient_checkpointing=checkpointing, use_cpu=True, report_to=[], bf16=False,
+                        generation_kwargs={"min_new_tokens": NEW}, save_strategy="no", logging_strategy="no",
+                        disable_tqdm=True, optim="adamw_torch_fused"))
+
+    def call():
+        begun = time.perf_counter()
+        trainer.train()
+        return [(b - a, float("nan")) for a, b in zip([begun, *marks], marks)]
+
+    return call
+
+
+def step_against_trl(shape: str, groups: int = 2, only: str = "") -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        weights = write_model(folder, shape)
+        print(f"one GRPO step of {groups} prompts x 8 completions, {PROMPT} + {NEW} tokens, {shape} shape "
+              f"({weights:.2f} GiB in float32), reference and KL on; median of {STEPS} steps")
+        print(f"{'':40} {'seconds':>8} {'sampling':>9} {'peak GiB':>9}")
+        rows = {}
+        for name, job, lean, checkpointing in (
+                ("ours, float32", step_ours, False, False), ("ours, float32, checkpointing", step_ours, False, True),
+                ("ours, lean", step_ours, True, False), ("ours, lean, checkpointing", step_ours, True, True),
+                ("trl, float32", step_trl, False, False), ("trl, float32, checkpointing", step_trl, False, True)):
+            if only and only not in name:
+                continue
+            times, _, peak = in_a_process(job, folder, groups, lean, checkpointing)
+            rows[name] = statistics.median(t for t, _ in times)
+            print(f"{name:40} {rows[name]:8.2f} {statistics.median(s for _, s in times):9.2f} {peak:9.2f}", flush=True)
+        ours, trl = ([t for n, t in rows.items() if n.startswith(who)] for who in ("ours", "trl"))
+        if ours and trl:
+            print(f"trl's fastest takes {min(trl) / min(ours):.1f} times as long as our fastest")
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["squish"]:
-        squish_against_transformers(*map(int, sys.argv[2:4]))
-    else:
-        rewards_against_libraries()
+    match sys.argv[1:]:
+        case ["squish", layers, tokens]:
+            squish_against_transformers(int(layers), int(tokens))
+        case ["sampling", shape]:
+            sampling_against_transformers(shape)
+        case ["step", shape, *only]:
+            step_against_trl(shape, only=" ".join(only))
+        case _:
+            rewards_against_libraries()
