@@ -28,9 +28,11 @@ BASE = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidde
 
 
 def raw_config(family="qwen2", **more):
-    """A `config.json`: 4 query heads on 2 key heads; head_dim explicit (and not 32 / 4) where the family has it."""
-    extra = {"head_dim": 12} if family == "qwen3" else {}
-    return {"model_type": family, **BASE, **extra, **more}
+    """A `config.json`: 4 query heads on 2 key heads; head_dim explicit (and not 32 / 4) where the family has it.
+    lfm2's feed-forward: 2/3 of 48 is 32, and 40 is the next multiple of 20."""
+    extra = {"qwen3": {"head_dim": 12}, "lfm2": {"num_hidden_layers": 3, "block_multiple_of": 20, "norm_eps": 1e-4,
+                                                 "layer_types": ["conv", "full_attention", "conv"]}}
+    return {"model_type": family, **BASE, **extra.get(family, {}), **more}
 
 
 def randomise(model, seed=0):

@@ -340,7 +340,8 @@ some_lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 
 
 @few
-@given(some_lengths, st.sampled_from(["llama", "qwen2", "qwen3"]))
+@given(some_lengths, st.sampled_from(["llama", "qwen2", "qwen3", "lfm2"]))
+@example([1, 9, 2, 1, 5], "lfm2")  # prompts shorter than its convolution is wide
 def test_greedy_sampling_equals_the_naive_loop(lengths, family):
     """Cache, padding, shared prompts and rows that leave: none of it may show in the tokens."""
     model, prompts = policy(family), prompts_of(lengths)
@@ -350,10 +351,11 @@ def test_greedy_sampling_equals_the_naive_loop(lengths, family):
         assert spoken(group) == [naive_greedy(model, prompt, 12, STOP)] * 2
 
 
-def test_greedy_sampling_equals_transformers_generate(tmp_path):
+@pytest.mark.parametrize("family", ["qwen3", "lfm2"])
+def test_greedy_sampling_equals_transformers_generate(tmp_path, family):
     """And the oracle's oracle: five prompts of different lengths at once against transformers, one by one."""
-    ours = policy("qwen3", eos_token_id=STOP)
-    ours.raw_config = raw_config("qwen3", vocab_size=V, eos_token_id=STOP)
+    ours = policy(family, eos_token_id=STOP)
+    ours.raw_config = raw_config(family, vocab_size=V, eos_token_id=STOP)
     save(ours, None, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     prompts = prompts_of([1, 4, 9, 2, 6])
@@ -408,7 +410,8 @@ def test_rows_seeds_and_repetitions_differ():
 
 
 @few
-@given(some_lengths, st.sampled_from([0.7, 1.0, 1.3]), st.sampled_from(["llama", "qwen2", "qwen3"]))
+@given(some_lengths, st.sampled_from([0.7, 1.0, 1.3]), st.sampled_from(["llama", "qwen2", "qwen3", "lfm2"]))
+@example([1, 9, 2, 1, 5], 1.0, "lfm2")
 def test_the_sampler_believes_what_the_trainer_computes(lengths, temperature, family):
     """Sampler and loss must speak of the same policy, temperature included: the ratio of the first update is 1 only
     if they do. Two separate computations, one token by token and one at once."""
