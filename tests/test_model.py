@@ -177,6 +177,11 @@ def test_both_generations_of_lfm2_configs_mean_the_same(tmp_path):
         edit_json(folder / "config.json", **changes)
         assert torch.equal(load(folder, "cpu")[0](tokens(2, 17)), want)
         assert_same(AutoModelForCausalLM.from_pretrained(folder)(tokens(2, 17)).logits, want, 1e-4)
+    edit_json(folder / "config.json", rope_theta=..., rope_parameters=...)  # its own default, not Llama's
+    assert_equal_logits(folder, AutoModelForCausalLM.from_pretrained(folder).eval())
+    folder, theirs = write_folder(tmp_path / "untied", "lfm2", tie_word_embeddings=False)
+    edit_json(folder / "config.json", tie_embedding=False, tie_word_embeddings=True)  # the old spelling wins here too
+    assert_equal_logits(folder, theirs)
 
 
 @pytest.mark.parametrize("name, width, attends, layers", [
