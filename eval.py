@@ -26,7 +26,7 @@ class Config:
 
     target: int = 30  # wanted summary length, in tokens
     max_new_tokens: int = 0  # where a summary is cut; 0: twice the target
-    template: str = ""  # of the prompt; "": whatever fits the tokenizer
+    template: str = ""  # of the prompt; "": whatever fits the model
 
 
 def evaluate(model, tokenizer, posts: list[Post], config, batch: int = 64) -> dict:
@@ -38,7 +38,7 @@ def evaluate(model, tokenizer, posts: list[Post], config, batch: int = 64) -> di
     of phrases that come again and again; summaries, one {id, summary, length, rouge_l, meteor, bleu} a post. An empty
     summary counts like any other: it is 0 tokens long.
     """
-    template = config.template or choose_template(tokenizer)
+    template = config.template or choose_template(model, tokenizer)
     rows = []
     order = sorted(range(len(posts)), key=lambda i: len(posts[i].document))  # like lengths together: less padding
     for at in range(0, len(order), batch):
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", default="test", help="which file of a folder (default: test)")
     parser.add_argument("--target", type=int, help="wanted length in tokens (default: the run's own, or 30)")
     parser.add_argument("--max-new-tokens", type=int, default=0, help="where a summary is cut (0: twice the target)")
-    parser.add_argument("--template", default="", help="chatml or plain (default: whatever fits the tokenizer)")
+    parser.add_argument("--template", default="", help="chatml, qwen3 or plain (default: whatever fits the model)")
     parser.add_argument("--n", type=int, help="only the first N posts")
     parser.add_argument("--show", type=int, default=0, help="print this many summaries of each model")
     args = parser.parse_args(argv)

@@ -120,12 +120,21 @@ TEMPLATES = {
     # For models that only continue text; the model ends with its end-of-text token.
     "plain": "Post:\n{document}\n\nSummary in about {target} tokens:\n",
 }
+# Qwen3 with thinking switched off: it has thought already, and nothing. Otherwise its thoughts would be the summary.
+TEMPLATES["qwen3"] = TEMPLATES["chatml"] + "<think>\n\n</think>\n\n"
 _MARKS = re.compile(r"(<\|im_start\|>|<\|im_end\|>)")
 
 
-def choose_template(tokenizer: Tokenizer) -> str:
-    """A tokenizer that knows `<|im_start|>` belongs to a chat model."""
-    return "plain" if tokenizer.token_to_id("<|im_start|>") is None else "chatml"
+def choose_template(model: Transformer, tokenizer: Tokenizer) -> str:
+    """A chat model is one that ends with `<|im_end|>`; Qwen3's is told not to think where its own template can say so.
+
+    The tokenizer alone does not tell: the base models of Qwen and SmolLM2 have the same marks, and Qwen's even ship the
+    chat template, but they end with `<|endoftext|>`. Where this guesses wrong there is --template.
+    """
+    if tokenizer.token_to_id("<|im_end|>") not in model.config.eos_token_ids:
+        return "plain"
+    own = b"".join(model.sidecars.get(name, b"") for name in ("chat_template.jinja", "tokenizer_config.json"))
+    return "qwen3" if model.config.model_type == "qwen3" and b"enable_thinking" in own else "chatml"
 
 
 def render(post: Post, template: str, target: int) -> str:

@@ -47,7 +47,7 @@ class Config(grpo.Config):
     target: int = flag(30, "wanted length of a summary, in tokens of the model")
     prompts: int = flag(4, "posts in a batch (B)")
     group: int = flag(8, "completions of each post (G)")
-    template: str = flag("", "prompt template, chatml or plain; empty: whatever fits the tokenizer")
+    template: str = flag("", "prompt template: chatml, qwen3 (thinking off) or plain; empty: whatever fits the model")
     max_prompt: int = flag(0, "leave out posts whose prompt has more tokens than this; 0: refuse what does not fit")
     lr: float = flag(6e-4, "learning rate (about 2e-6 for a model of 0.5B)")
     warmup: int = flag(5, "steps over which the learning rate rises from 0")
@@ -148,7 +148,7 @@ def prepare(config: Config, stages: list[Stage]):
     if room < 1:
         raise ValueError(f"{config.max_new_tokens} new tokens leave no room for a prompt in the model's context of "
                          f"{model.config.max_position_embeddings}: lower --target or --max-new-tokens.")
-    template = config.template or choose_template(tokenizer)
+    template = config.template or choose_template(model, tokenizer)
     pairs = []
     for posts in load_split(config.data, config.eval_data):
         prompts = [tokenize(tokenizer, post, template, config.target) for post in posts]
