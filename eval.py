@@ -17,7 +17,7 @@ import numpy as np
 
 from model import load, read_json, write_file
 from rewards import bleu, copy_rate, distinct, meteor, repetition, rouge_l, templated
-from rollout import TINY, Group, Post, choose_template, load_posts, load_split, sample, tokenize
+from rollout import TINY, Group, Post, choose_template, has_splits, load_posts, load_split, sample, tokenize
 
 
 @dataclass
@@ -146,8 +146,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("models", nargs="+", metavar="RUN_OR_MODEL", help="a run, a model folder, or 'tiny'")
-    parser.add_argument("--data", help="posts: tiny, a folder, or a .jsonl file (default: the run's own, or tiny)")
-    parser.add_argument("--split", default="test", help="which file of a folder (default: test)")
+    parser.add_argument("--data", help="posts: tiny, a folder, a .jsonl file or a hub data set (default: the run's "
+                                       "own, or tiny)")
+    parser.add_argument("--split", default="test", help="which split of a folder or hub data set (default: test)")
     parser.add_argument("--target", type=int, help="wanted length in tokens (default: the run's own, or 30)")
     parser.add_argument("--max-new-tokens", type=int, default=0, help="where a summary is cut (0: twice the target)")
     parser.add_argument("--template", default="", help="chatml, qwen3 or plain (default: whatever fits the model)")
@@ -167,10 +168,11 @@ def main(argv: list[str] | None = None) -> int:
                             args.template or run.get("template", ""))
             model, tokenizer = load(folder)
             data = args.data or run.get("eval_data") or run.get("data", "tiny")
-            if args.data or run.get("eval_data") or data == "tiny" or Path(data).is_dir():
-                posts = load_posts(data, args.split)[:args.n]
-            else:
-                posts = load_split(data)[1][:args.n]  # of the file that the run was trained on, the part held out
+            max_posts, min_chars = run.get("max_posts", 0), run.get("min_chars", 0)
+            if args.data or run.get("eval_data") or has_splits(data):
+                posts = load_posts(data, args.split, max_posts=args.n or max_posts, min_chars=min_chars)
+            else:  # of the file that the run was trained on, the part held out
+                posts = load_split(data, "", max_posts, min_chars)[1][:args.n]
             if tokenizer is None:
                 raise ValueError(f"{folder} has no tokenizer.json, so its tokens cannot be read.")
             r = evaluate(model, tokenizer, posts, config)

@@ -10,8 +10,11 @@ prompt, P prompt tokens, V vocabulary, D hidden size, H query heads, K key/value
 one key, hd head size, L width of the convolution.
 """
 
+import errno
 import json
 import os
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -560,13 +563,44 @@ def find_folder(name_or_path: str | Path) -> Path:
         raise ValueError(f"{name} is a file: give the folder that holds config.json and model.safetensors.")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"There is no folder {name}: give a Hugging Face folder, or a hub name 'owner/name'.")
+    return download(name)
+
+
+def download(name: str) -> Path:
+    """The local copy of a hub repository: what is not here yet is fetched, a dropped connection is resumed.
+
+    Only what `load` reads: a repository may hold the same weights in five formats. A busy hub is asked again.
+    """
     from huggingface_hub import snapshot_download  # comes with tokenizers; slow to import, needed for names only
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "merges.txt"]))
-    except Exception as e:  # offline, gated, misspelt: many types, one answer
-        why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise OSError(f"There is no folder {name}, and the hub did not give a model of that name ({why}). "
-                      f"Check the spelling and the connection, or pass a local folder.") from e
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    files = ["config.json", "tokenizer.json", *SIDECARS, "model.safetensors", "model.safetensors.index.json",
+             "model-*.safetensors"]
+    for wait in (1, 4, 16, None):  # seconds
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=files))
+            break
+        except GatedRepoError as e:
+            raise OSError(f"{name} is gated: accept its terms at https://huggingface.co/{name}, then log in with "
+                          f"'hf auth login' or set HF_TOKEN.") from e
+        except RepositoryNotFoundError as e:
+            raise OSError(f"There is no folder {name}, and the hub shows you no model of that name: check the "
+                          f"spelling; if it is private, log in with 'hf auth login' or set HF_TOKEN.") from e
+        except Exception as e:  # offline, a full disk, a broken answer: many types, as versions go
+            status = getattr(getattr(e.__cause__ or e, "response", None), "status_code", None)
+            if wait and status in (429, 500, 502, 503, 504):
+                print(f"{name}: the hub answers {status}; trying again in {wait} s.", file=sys.stderr, flush=True)
+                time.sleep(wait)
+                continue
+            if errno.errorcode.get(getattr(e, "errno", None)) in ("ENOSPC", "EDQUOT", "EFBIG"):
+                raise OSError(f"There is no room for {name} ({e.strerror}): free some space, or set HF_HOME to a "
+                              f"folder on a larger disk. The files that are whole are kept.") from e
+            why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            raise OSError(f"There is no folder {name}, and the hub did not give a model of that name ({why}). "
+                          f"Check the spelling and the connection, or pass a local folder.") from e
+    if not list(folder.glob("*.safetensors")):
+        raise OSError(f"{name} has no model.safetensors on the hub: take a model that has, or convert it with "
+                      f"transformers and pass that folder.")
+    return folder
 
 
 def read_json(path: Path) -> dict:

@@ -38,8 +38,11 @@ class Config(grpo.Config):
     """Every field is a flag of the same name; the defaults are those of the embedded model."""
 
     model: str = flag("tiny", "a Hugging Face folder, a hub name, or tiny")
-    data: str = flag("tiny", "posts to train on: tiny, a folder with train.jsonl, or a .jsonl or .jsonl.gz file")
-    eval_data: str = flag("", "held-out posts; empty: the data's own val or test file, else a tenth of the data")
+    data: str = flag("tiny", "posts to train on: tiny, a folder with train.jsonl, a .jsonl or .jsonl.gz file, or a "
+                             "hub data set such as mlabonne/smoltldr")
+    eval_data: str = flag("", "held-out posts; empty: the data's own val or test split, else a tenth of the data")
+    max_posts: int = flag(0, "take only the first so many posts of the data and of the held-out data; 0: all")
+    min_chars: int = flag(0, "leave out posts of fewer characters")
     stages: tuple[str, ...] = flag(("length:40", "rouge_l+3*length:180"), "one or more REWARD:STEPS, run in order")
     stage_ref: str = flag("start", "the model that the KL holds to: the run's first, or the last of the previous stage",
                           choices=("start", "previous"))
@@ -150,7 +153,7 @@ def prepare(config: Config, stages: list[Stage]):
                          f"{model.config.max_position_embeddings}: lower --target or --max-new-tokens.")
     template = config.template or choose_template(model, tokenizer)
     pairs = []
-    for posts in load_split(config.data, config.eval_data):
+    for posts in load_split(config.data, config.eval_data, config.max_posts, config.min_chars):
         prompts = [tokenize(tokenizer, post, template, config.target) for post in posts]
         pairs.append([(post, prompt) for post, prompt in zip(posts, prompts)
                       if not config.max_prompt or len(prompt) <= config.max_prompt])
@@ -420,7 +423,8 @@ def check(c: Config) -> None:
          "--seed, --warmup and --weight-decay cannot be negative, and --lr-end must lie in [0, 1]"),
         (0 < c.max_new_tokens <= 1.1 * c.target, f"--max-new-tokens {c.max_new_tokens} would cut summaries at the "
                                                  f"target of {c.target} and count them as hits: leave room to miss"),
-        (c.max_new_tokens < 0 or c.max_prompt < 0, "--max-new-tokens and --max-prompt cannot be negative"),
+        *((getattr(c, n) < 0, f"--{n.replace('_', '-')} cannot be negative") for n in (
+            "max_new_tokens", "max_prompt", "max_posts", "min_chars")),
         *((getattr(c, n) < 1, f"--{n.replace('_', '-')} must be at least 1") for n in (
             "target", "prompts", "updates", "micro_tokens", "eval_posts", "save_every", "print_every")),
     ):

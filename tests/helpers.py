@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,18 @@ def edit_json(path, **changes):
     """Set keys of a JSON file; a value of ... deletes the key."""
     value = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))
+
+
+@contextmanager
+def disk_full_after(n_bytes):
+    """No file may grow beyond n_bytes: what a full disk looks like from inside, for root as well."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # The 45 files that Princeton's lexicographers wrote: nltk wants the list, which Debian's package lacks. lexnames(5WN).

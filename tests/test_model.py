@@ -8,7 +8,6 @@ or rotation cannot hide behind an initial 0 or 1.
 import json
 import os
 import shutil
-from contextlib import contextmanager
 
 import huggingface_hub
 import pytest
@@ -23,6 +22,7 @@ from model import Cache, Transformer, load, pad, read_config, save, token_logpro
 from tests.helpers import (
     assert_same,
     byte_bpe,
+    disk_full_after,
     edit_json,
     few,
     gradients,
@@ -572,18 +572,6 @@ def test_saving_over_a_sharded_folder_replaces_the_model(tmp_path):
     with torch.no_grad():
         assert_same(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, ours(ids), 1e-4)
         assert_same(load(folder, "cpu")[0](ids), ours(ids), 1e-6)
-
-
-@contextmanager
-def disk_full_after(n_bytes):
-    """No file may grow beyond n_bytes: what a full disk looks like from inside, for root as well."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("fails_at", ["weights", "tokenizer"])
