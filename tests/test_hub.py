@@ -4,6 +4,7 @@ The hub is a server on this machine (loopback.py) that answers as the real one d
 there is whole, what was fetched is not fetched again, and the user gets one sentence.
 """
 
+import doctest
 import gzip
 import json
 import os
@@ -19,6 +20,7 @@ import torch
 from huggingface_hub import constants
 
 import hub
+import rollout
 import train
 from model import find_folder, load
 from rollout import TINY, Post, load_posts, load_split
@@ -44,6 +46,12 @@ def server(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "models"))
     yield server
     server.close()
+
+
+def test_the_examples_in_the_docstrings_hold():
+    for module in (hub, rollout):
+        results = doctest.testmod(module)
+        assert results.failed == 0 and results.attempted > 0
 
 
 # --------------------------------------------------------------------------------------------------------- models
@@ -282,6 +290,12 @@ def test_a_fetch_that_was_killed_goes_on(data, tmp_path):
         assert load_posts(DATA) == posts(250)
         assert offsets(data) == [200]
         assert not Path(f"{path}.pages").exists()
+    path.unlink()
+    Path(f"{path}.pages").write_text(json.dumps(pages[0]) + '\n{"offset": 100, "to')
+    data.fail("offset=200", *[(503, {})] * 6)  # stopped again: the page that followed the torn line counts as well
+    refusal(OSError, load_posts, DATA)
+    data.asked()
+    assert load_posts(DATA) == posts(250) and offsets(data) == [200]
 
 
 def test_two_runs_may_fetch_the_same_at_once(data):
