@@ -19,7 +19,7 @@ import numpy as np
 
 from model import load, read_json, write_file
 from rewards import bleu, copy_rate, distinct, meteor, repetition, rouge_l, templated
-from rollout import TEMPLATES, TINY, Group, Post, choose_template, load_posts, load_split, sample, tokenize
+from rollout import TEMPLATES, TINY, Group, Post, choose_template, has_splits, load_posts, load_split, sample, tokenize
 from squish import CLOSE, allowance, encode, ensemble, extract, fits, size
 
 
@@ -29,7 +29,7 @@ class Config:
 
     target: int = 30  # wanted summary length, in tokens
     max_new_tokens: int = 0  # where a summary is cut; 0: twice the target
-    template: str = ""  # of the prompt; "": whatever fits the tokenizer
+    template: str = ""  # of the prompt; "": whatever fits the model
     budgets: str = "0.1,0.2"  # for SQUISH: sizes of a summary, shares of the document or numbers
     budget_unit: str = "chars"
 
@@ -53,7 +53,7 @@ def evaluate(model, tokenizer, posts: list[Post], config, batch: int = 64) -> di
     of phrases that come again and again; summaries, one {id, summary, length, rouge_l, meteor, bleu} a post. An empty
     summary counts like any other: it is 0 tokens long.
     """
-    template = config.template or choose_template(tokenizer)
+    template = config.template or choose_template(model, tokenizer)
     prompts = [tokenize(tokenizer, post, template, config.target) for post in posts]
     groups = write(model, tokenizer, prompts, config.max_new_tokens or 2 * config.target, batch)
     rows = [{"id": post.id, "summary": group.texts[0], "length": content_lengths(group)[0],
@@ -234,11 +234,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("models", nargs="+", metavar="RUN_OR_MODEL", help="a run, a model folder, or 'tiny'")
-    parser.add_argument("--data", help="posts: tiny, a folder, or a .jsonl file (default: the run's own, or tiny)")
-    parser.add_argument("--split", default="test", help="which file of a folder (default: test)")
+    parser.add_argument("--data", help="posts: tiny, a folder, a .jsonl file or a hub data set (default: the run's "
+                                       "own, or tiny)")
+    parser.add_argument("--split", default="test", help="which split of a folder or hub data set (default: test)")
     parser.add_argument("--target", type=int, help="wanted length in tokens (default: the run's own, or 30)")
     parser.add_argument("--max-new-tokens", type=int, default=0, help="where a summary is cut (0: twice the target)")
-    parser.add_argument("--template", default="", help="chatml or plain (default: whatever fits the tokenizer)")
+    parser.add_argument("--template", default="", help="chatml, qwen3 or plain (default: whatever fits the model)")
     parser.add_argument("--n", type=int, help="only the first N posts")
     parser.add_argument("--show", type=int, default=0, help="print this many summaries of each model")
     args = parser.parse_args(argv)
@@ -255,10 +256,11 @@ def main(argv: list[str] | None = None) -> int:
                             args.template or run.get("template", ""))
             model, tokenizer = load(folder)
             data = args.data or run.get("eval_data") or run.get("data", "tiny")
-            if args.data or run.get("eval_data") or data == "tiny" or Path(data).is_dir():
-                posts = load_posts(data, args.split)[:args.n]
-            else:
-                posts = load_split(data)[1][:args.n]  # of the file that the run was trained on, the part held out
+            max_posts, min_chars = run.get("max_posts", 0), run.get("min_chars", 0)
+            if args.data or run.get("eval_data") or has_splits(data):
+                posts = load_posts(data, args.split, max_posts=args.n or max_posts, min_chars=min_chars)
+            else:  # of the file that the run was trained on, the part held out
+                posts = load_split(data, "", max_posts, min_chars)[1][:args.n]
             if tokenizer is None:
                 raise ValueError(f"{folder} has no tokenizer.json, so its tokens cannot be read.")
             r = evaluate(model, tokenizer, posts, config)

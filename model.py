@@ -1,17 +1,21 @@
 """The policy: a decoder-only transformer, read from and written to a Hugging Face folder.
 
 One class serves every family: `qwen2`, `qwen3` and `llama` differ by three switches (a bias on q/k/v, a norm on q and
-k, an explicit head size), and the switches are set by the folder's own `config.json`. Module names are the names in
-the safetensors file, so that loading is a dictionary and not a translation.
+k, an explicit head size), and the switches are set by the folder's own `config.json`. `lfm2` has a short convolution in
+place of attention on most layers, and other names. Module names are the names in the safetensors file, so that loading
+is a dictionary and not a translation.
 
 Shapes: N rows (= B prompts x G completions, or just rows), T tokens of this call, S tokens a row has read since its
 prompt, P prompt tokens, V vocabulary, D hidden size, H query heads, K key/value heads, R = H / K queries that share
-one key, hd head size.
+one key, hd head size, L width of the convolution.
 """
 
+import errno
 import json
 import math
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +29,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# "lfm2" joins here: its layers need a short convolution beside attention, and a cache for it.
-FAMILIES = ("qwen2", "qwen3", "llama")
+FAMILIES = ("qwen2", "qwen3", "llama", "lfm2")
 # Files beside the weights that say how to tokenise, chat and stop: kept in memory by `load`, written again by `save`.
 SIDECARS = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json", "special_tokens_map.json",
             "added_tokens.json", "vocab.json", "merges.txt")
@@ -52,6 +55,9 @@ class Config:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    layer_types: tuple[str, ...]  # "full_attention" or "conv", one a layer
+    conv_L_cache: int  # width of LFM2's convolution, as transformers calls it
+    conv_bias: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
@@ -75,30 +81,52 @@ def read_config(raw: dict, where: str, generation: dict | None = None) -> Config
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # new spelling, old spelling
     rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
-    heads, D = size("num_attention_heads"), size("hidden_size")
+    lfm2 = family == "lfm2"
+    theta = rope.get("rope_theta") or raw.get("rope_theta") or (1e6 if lfm2 else 1e4)
+    heads, D, n_layers = size("num_attention_heads"), size("hidden_size"), size("num_hidden_layers")
     kv_heads, head_dim = size("num_key_value_heads", heads), size("head_dim", D // heads)
     eos = [(source or {}).get("eos_token_id") for source in (raw, generation)]
     eos = [i for ids in eos if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
+    kinds, attends = raw.get("layer_types"), raw.get("full_attn_idxs") if lfm2 else None
+    if kinds is None and isinstance(attends, list | None):  # the older LFM2 configs list only which layers attend
+        kinds = ["full_attention" if attends is None or i in attends else "conv" for i in range(n_layers)]
+    factor = raw.get("block_ffn_dim_multiplier", 1.0)
+    known = isinstance(kinds, list) and all(k == "full_attention" or lfm2 and k == "conv" for k in kinds)
     for refused, says in ((rope_type != "default", f"rope type '{rope_type}'"),
                           (not isinstance(theta, int | float), f"a rope_theta of {theta!r}"),
                           (raw.get("use_sliding_window"), "sliding-window attention"),
                           (raw.get("hidden_act", "silu") != "silu", f"activation '{raw.get('hidden_act')}'"),
                           (heads % kv_heads, f"{heads} query heads on {kv_heads} key/value heads"),
                           (head_dim % 2, f"rotary embedding of an odd head_dim, {head_dim}"),
+                          (not isinstance(factor, int | float), f"a block_ffn_dim_multiplier of {factor!r}"),
+                          (not known, f"layer_types or full_attn_idxs {str(kinds or attends)[:80]}"),
+                          (known and len(kinds) != n_layers, f"{n_layers} layers, but has other layer_types"),
                           (not all(isinstance(i, int) for i in eos), f"the stop tokens {eos}")):
         if refused:
             raise ValueError(f"{where} asks for {says}, which crisp does not compute.")
-    bias = bool(raw.get("attention_bias", False))
+    bias = not lfm2 and bool(raw.get("attention_bias", False))
     return Config(
-        model_type=family, vocab_size=size("vocab_size"), hidden_size=D, intermediate_size=size("intermediate_size"),
-        num_hidden_layers=size("num_hidden_layers"), num_attention_heads=heads, num_key_value_heads=kv_heads,
-        head_dim=head_dim, rms_norm_eps=raw.get("rms_norm_eps", 1e-6), rope_theta=float(theta),
+        model_type=family, vocab_size=size("vocab_size"), hidden_size=D,
+        intermediate_size=lfm2_width(raw, size) if lfm2 else size("intermediate_size"),
+        num_hidden_layers=n_layers, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
+        rms_norm_eps=raw.get("norm_eps", 1e-5) if lfm2 else raw.get("rms_norm_eps", 1e-6), rope_theta=float(theta),
         max_position_embeddings=size("max_position_embeddings", 2048),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_word_embeddings=bool(raw.get("tie_embedding", raw.get("tie_word_embeddings", lfm2))),
         qkv_bias=family == "qwen2" or bias, o_bias=family != "qwen2" and bias,
-        mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)), qk_norm=family == "qwen3",
+        mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)), qk_norm=family in ("qwen3", "lfm2"),
+        layer_types=tuple(kinds), conv_L_cache=size("conv_L_cache", 3), conv_bias=bool(raw.get("conv_bias", False)),
         bos_token_id=raw.get("bos_token_id"), eos_token_ids=tuple(dict.fromkeys(eos)))
+
+
+def lfm2_width(raw: dict, size: Callable[..., int]) -> int:
+    """The feed-forward width of LFM2. Its configured one is meant for two matrices; three of 2/3 of it weigh the same:
+    6656 -> 4437 -> 4608, the next multiple of 256."""
+    width = size("intermediate_size" if raw.get("block_ff_dim") is None else "block_ff_dim")  # new spelling, old one
+    if raw.get("block_auto_adjust_ff_dim", True):
+        width = int(2 * width / 3)
+        step = size("block_multiple_of", 256)
+        width = -(-int(raw.get("block_ffn_dim_multiplier", 1.0) * width) // step) * step
+    return width
 
 
 # --- the layers ------------------------------------------------------------------------------------------------------
@@ -197,24 +225,74 @@ class Attention(nn.Module):
         self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
         self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
-        if c.qk_norm:  # Qwen3: over each head's features, before the rotation
-            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.names = ("out_proj", "q_layernorm", "k_layernorm") if c.model_type == "lfm2" else (
+            "o_proj", "q_norm", "k_norm")
+        out, q_norm, k_norm = self.names
+        self.add_module(out, Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias))
+        if c.qk_norm:  # Qwen3 and LFM2: over each head's features, before the rotation
+            self.add_module(q_norm, RMSNorm(c.head_dim, c.rms_norm_eps))
+            self.add_module(k_norm, RMSNorm(c.head_dim, c.rms_norm_eps))
         self.qk_norm = c.qk_norm
 
-    def forward(self, x, rope, allowed, shared, past):
+    def forward(self, x, rope, allowed, mask, shared, past):
         """x [N, T, D] -> ([N, T, D], (k, v) of all the row's own tokens [N, K, S, hd])."""
         N, T, _ = x.shape
         q = self.q_proj(x).view(N, T, -1, self.head_dim)  # [N, T, H, hd]
         k = self.k_proj(x).view(N, T, -1, self.head_dim)  # [N, T, K, hd]
         v = self.v_proj(x).view(N, T, -1, self.head_dim)  # [N, T, K, hd]
+        out, q_norm, k_norm = self.names
         if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = getattr(self, q_norm)(q), getattr(self, k_norm)(k)
         q, k, v = (t.transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))  # [N, H or K, T, hd]
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)  # [N, K, S, hd]
-        out = attend(q.contiguous(), k, v, allowed, shared)  # [N, H, T, hd]
-        return self.o_proj(out.transpose(1, 2).reshape(N, T, -1)), (k, v)
+        read = attend(q.contiguous(), k, v, allowed, shared)  # [N, H, T, hd]
+        return getattr(self, out)(read.transpose(1, 2).reshape(N, T, -1)), (k, v)
+
+
+class ShortConv(nn.Module):
+    """LFM2's other operator (Liquid AI 2025): b, c, u = in_proj(x); g = b u; out_proj(c conv(g)).
+
+    conv is depthwise and causal, conv(g)_t = sum_j w_j g_(t-L+1+j): all it remembers is a row's last L - 1 values of g.
+    """
+
+    def __init__(self, c: Config):
+        super().__init__()
+        D = c.hidden_size
+        self.in_proj = Linear(D, 3 * D, bias=c.conv_bias)
+        self.conv = nn.Conv1d(D, D, c.conv_L_cache, groups=D, bias=c.conv_bias)  # weight [D, 1, L]
+        self.out_proj = Linear(D, D, bias=c.conv_bias)
+
+    def forward(self, x, rope, allowed, mask, shared, past):
+        """x [N, T, D], mask [N, T] or None -> ([N, T, D], the last L-1 real values of g ([N, L-1, D],)).
+
+        Tokens that follow each other must be neighbours here, whatever padding lies between them: the real ones of a
+        row are moved to its front for the convolution, behind what the row (or its prompt) remembers.
+        """
+        (N, T, D), L = x.shape, self.conv.kernel_size[0]
+        b, c, u = self.in_proj(x).chunk(3, -1)  # [N, T, D] each
+        g = b * u  # [N, T, D]
+        if mask is not None:
+            order = mask.long().argsort(dim=1, descending=True, stable=True)[..., None].expand(N, T, D)
+            g = g.gather(1, order)
+        if past is not None:
+            before = past[0]  # [N, L-1, D]
+        elif shared is not None:
+            before = shared[0].repeat_interleave(N // len(shared[0]), 0)  # [N, L-1, D], of each row's prompt
+        else:
+            before = g.new_zeros(N, L - 1, D)
+        g = torch.cat([before, g], 1)  # [N, L-1+T, D]
+        # Three products instead of conv1d: as fast in float32, and several times faster in bf16 on a CPU.
+        y = sum(self.conv.weight[:, 0, j] * g[:, j:j + T] for j in range(L))  # [N, T, D]
+        if self.conv.bias is not None:
+            y = y + self.conv.bias
+        if mask is None:
+            last = g[:, T:]  # [N, L-1, D]
+        else:
+            y = torch.zeros_like(y).scatter(1, order, y)  # back to where the tokens stand
+            at = mask.sum(1, keepdim=True) + torch.arange(L - 1, device=x.device)  # [N, L-1]
+            last = g.gather(1, at[..., None].expand(N, L - 1, D))  # [N, L-1, D]
+        return self.out_proj(c * y), (last,)
 
 
 class MLP(nn.Module):
@@ -230,8 +308,21 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class FeedForward(nn.Module):
+    """The same under LFM2's names: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.w1 = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.w3 = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.w2 = Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
 class Layer(nn.Module):
-    """x += attention(norm(x)); x += mlp(norm(x)). LFM2's layer will differ in its first half only."""
+    """x += attention(norm(x)); x += mlp(norm(x))."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -240,30 +331,53 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, rope, allowed, shared, past):
-        h, own = self.self_attn(self.input_layernorm(x), rope, allowed, shared, past)
+    def forward(self, x, rope, allowed, mask, shared, past):
+        h, own = self.self_attn(self.input_layernorm(x), rope, allowed, mask, shared, past)
         x = x + h
         return x + self.mlp(self.post_attention_layernorm(x)), own
 
 
+class Lfm2Layer(nn.Module):
+    """x += op(norm(x)); x += mlp(norm(x)): op is attention on some layers and the short convolution on the others."""
+
+    def __init__(self, c: Config, kind: str):
+        super().__init__()
+        self.operator_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        if kind == "conv":
+            self.conv = ShortConv(c)
+        else:
+            self.self_attn = Attention(c)
+        self.ffn_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.feed_forward = FeedForward(c)
+        self.kind = kind
+
+    def forward(self, x, rope, allowed, mask, shared, past):
+        op = self.conv if self.kind == "conv" else self.self_attn
+        h, own = op(self.operator_norm(x), rope, allowed, mask, shared, past)
+        x = x + h
+        return x + self.feed_forward(self.ffn_norm(x)), own
+
+
 class Cache:
-    """What a decoder remembers: keys and values, per layer, of `shared` prompts [B, K, P, hd] and of each row's `own`
-    tokens since [N, K, S, hd].
+    """What a decoder remembers, per layer: keys and values of `shared` prompts [B, K, P, hd] and of each row's `own`
+    tokens since [N, K, S, hd]; of a convolution its last values, [B, L-1, D] and [N, L-1, D], which hold a row's
+    prompt too once the row has read a token of its own.
 
     Fill it by passing it to `model.hidden`; `share(G)` turns everything read so far into a prompt for G rows each.
     Nothing is written in place, so gradients flow through it: training runs a prompt once for a whole group.
     """
 
     def __init__(self):
-        self.shared = self.own = None  # lists of (k, v), one a layer
+        self.shared = self.own = None  # lists of (k, v) or (last values,), one a layer
         self.shared_mask = self.own_mask = None  # [B, P], [N, S] bool; None: no padding in there
         self.lengths = 0  # real tokens each row has read: a number, or [N, 1]
+        self.columns = 0  # S, padding included
 
     def share(self, G: int) -> "Cache":
         """The B rows read so far become prompts; the next call brings B*G rows, G after G."""
         if self.shared is not None:
             raise ValueError("This cache has been shared before: its prompt would be lost. Start from a new Cache.")
-        self.shared, self.own = self.own, None
+        self.shared, self.own, self.columns = self.own, None, 0
         self.shared_mask, self.own_mask = self.own_mask, None
         if torch.is_tensor(self.lengths):
             self.lengths = self.lengths.repeat_interleave(G, 0)  # [N, 1]
@@ -272,7 +386,7 @@ class Cache:
     def keep(self, prompts: Tensor, rows: Tensor) -> None:
         """Drop what is finished: keep these prompts [B'] and these rows [N'] (B' groups of equal size, in order)."""
         def pick(layers, index):
-            return layers and [(k.index_select(0, index), v.index_select(0, index)) for k, v in layers]
+            return layers and [tuple(t.index_select(0, index) for t in layer) for layer in layers]
 
         if len(prompts) < self.shared[0][0].shape[0]:  # the large half; copied only when a whole group is done
             self.shared = pick(self.shared, prompts)
@@ -292,8 +406,10 @@ class Transformer(nn.Module):
         self.sidecars: dict[str, bytes] = {}  # files of the folder that pass through unchanged
         self.checkpointing = False  # recompute each layer in backward: less memory, about a third more work
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        lfm2 = config.model_type == "lfm2"
+        self.layers = nn.ModuleList(Lfm2Layer(config, kind) if lfm2 else Layer(config) for kind in config.layer_types)
+        self.last_norm = "embedding_norm" if lfm2 else "norm"
+        self.add_module(self.last_norm, RMSNorm(config.hidden_size, config.rms_norm_eps))
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -337,8 +453,7 @@ class Transformer(nn.Module):
         else:
             positions = (mask.cumsum(1) - 1).clamp(min=0) + read  # [N, T]
             cache.lengths = read + mask.sum(1, keepdim=True)
-        past = cache.own[0][0].shape[2] if cache.own else 0
-        S = past + T
+        past, S = cache.columns, cache.columns + T
         if mask is not None or cache.own_mask is not None:
             ones = torch.ones(N, 1, dtype=torch.bool, device=device)  # [N, 1]
             before = ones.expand(N, past) if cache.own_mask is None else cache.own_mask  # [N, past]
@@ -355,14 +470,14 @@ class Transformer(nn.Module):
         own = []
         for i, layer in enumerate(self.layers):
             shared = cache.shared and (*cache.shared[i], cache.shared_mask)
-            args = (x, rope, allowed, shared, cache.own and cache.own[i])
+            args = (x, rope, allowed, mask, shared, cache.own and cache.own[i])
             if self.checkpointing and torch.is_grad_enabled():
                 x, kv = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, kv = layer(*args)
             own.append(kv)
-        cache.own = own
-        return self.norm(x)
+        cache.own, cache.columns = own, S
+        return getattr(self, self.last_norm)(x)
 
 
 def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -437,11 +552,9 @@ def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor, temperat
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-
-def add_lora(model: Transformer, rank: int, alpha: float, targets: Sequence[str] = LORA_TARGETS, seed: int = 0) -> None:
-    """Freeze the model and give every projection named in `targets` an adapter to train (Hu et al. 2021, LoRA).
+def add_lora(model: Transformer, rank: int, alpha: float, targets: Sequence[str] = (), seed: int = 0) -> None:
+    """Freeze the model and give every projection named in `targets` (none: all) an adapter (Hu et al. 2021, LoRA).
 
         y = W x + alpha/rank B A x        A [rank, in] random, B [out, rank] zero: the first step begins at the base
 
@@ -450,10 +563,11 @@ def add_lora(model: Transformer, rank: int, alpha: float, targets: Sequence[str]
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
     known = dict.fromkeys(name.rpartition(".")[2] for name in layers)
+    targets = targets or list(known)
     unknown = [t for t in targets if t not in known]
-    if rank < 1 or not alpha > 0 or not targets or unknown:
+    if rank < 1 or not alpha > 0 or unknown:
         raise ValueError(f"LoRA needs a rank of at least 1, an alpha above 0 and projections among {', '.join(known)}; "
-                         f"got rank {rank}, alpha {alpha} and {', '.join(unknown or targets) or 'no projection'}.")
+                         f"got rank {rank}, alpha {alpha} and {', '.join(unknown or targets)}.")
     if any(m.lora_A is not None for m in layers.values()):
         raise ValueError("This model has adapters already: merge_lora them first.")
     model.requires_grad_(False)
@@ -583,13 +697,44 @@ def find_folder(name_or_path: str | Path) -> Path:
         raise ValueError(f"{name} is a file: give the folder that holds config.json and model.safetensors.")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"There is no folder {name}: give a Hugging Face folder, or a hub name 'owner/name'.")
+    return download(name)
+
+
+def download(name: str) -> Path:
+    """The local copy of a hub repository: what is not here yet is fetched, a dropped connection is resumed.
+
+    Only what `load` reads: a repository may hold the same weights in five formats. A busy hub is asked again.
+    """
     from huggingface_hub import snapshot_download  # comes with tokenizers; slow to import, needed for names only
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "merges.txt"]))
-    except Exception as e:  # offline, gated, misspelt: many types, one answer
-        why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise OSError(f"There is no folder {name}, and the hub did not give a model of that name ({why}). "
-                      f"Check the spelling and the connection, or pass a local folder.") from e
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    files = ["config.json", "tokenizer.json", *SIDECARS, "model.safetensors", "model.safetensors.index.json",
+             "model-*.safetensors"]
+    for wait in (1, 4, 16, None):  # seconds
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=files))
+            break
+        except GatedRepoError as e:
+            raise OSError(f"{name} is gated: accept its terms at https://huggingface.co/{name}, then log in with "
+                          f"'hf auth login' or set HF_TOKEN.") from e
+        except RepositoryNotFoundError as e:
+            raise OSError(f"There is no folder {name}, and the hub shows you no model of that name: check the "
+                          f"spelling; if it is private, log in with 'hf auth login' or set HF_TOKEN.") from e
+        except Exception as e:  # offline, a full disk, a broken answer: many types, as versions go
+            status = getattr(getattr(e.__cause__ or e, "response", None), "status_code", None)
+            if wait and status in (429, 500, 502, 503, 504):
+                print(f"{name}: the hub answers {status}; trying again in {wait} s.", file=sys.stderr, flush=True)
+                time.sleep(wait)
+                continue
+            if errno.errorcode.get(getattr(e, "errno", None)) in ("ENOSPC", "EDQUOT", "EFBIG"):
+                raise OSError(f"There is no room for {name} ({e.strerror}): free some space, or set HF_HOME to a "
+                              f"folder on a larger disk. The files that are whole are kept.") from e
+            why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            raise OSError(f"There is no folder {name}, and the hub did not give a model of that name ({why}). "
+                          f"Check the spelling and the connection, or pass a local folder.") from e
+    if not list(folder.glob("*.safetensors")):
+        raise OSError(f"{name} has no model.safetensors on the hub: take a model that has, or convert it with "
+                      f"transformers and pass that folder.")
+    return folder
 
 
 def read_json(path: Path) -> dict:

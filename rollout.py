@@ -21,6 +21,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+import hub
 from model import Cache, Transformer, pad
 
 TINY = Path(__file__).parent / "tiny"  # the embedded model and its posts
@@ -41,53 +42,77 @@ class Post:
     id: str
 
 
-def load_posts(source: str | Path, split: str = "train", document: str | None = None,
-               reference: str | None = None) -> list[Post]:
-    """`tiny`, a folder with `SPLIT.jsonl[.gz]` in it, or one `.jsonl[.gz]` file (whatever the split) -> posts.
+def load_posts(source: str | Path, split: str = "train", document: str | None = None, reference: str | None = None,
+               max_posts: int = 0, min_chars: int = 0) -> list[Post]:
+    """`tiny`, a folder with `SPLIT.jsonl[.gz]` in it, one `.jsonl[.gz]` file (whatever the split), or a data set of the
+    hub, `owner/name` or `owner/name/config`, which is fetched once -> posts.
 
-    One JSON object a line; `document` and `reference` name its fields where they are not among the usual ones.
+    One JSON object a line; `document` and `reference` name its fields where they are not among the usual ones. Only
+    posts whose document has at least `min_chars` characters, and of them the first `max_posts` (0: all).
     Raises OSError or ValueError with file and line for whatever cannot be read: a post left out silently would shift
     every batch after it.
     """
     path = TINY if str(source) == "tiny" else Path(source).expanduser()
+    if on_hub(source):
+        def counts(row: dict) -> bool:
+            text = row.get(document or next((f for f in DOCUMENT_FIELDS if f in row), None))
+            return not isinstance(text, str) or len(text.strip()) >= min_chars  # what is no text is named below
+
+        path = hub.fetch(str(source), split, max_posts, counts, f"-min-{min_chars}" if min_chars else "")
     if path.is_dir():
-        found = [f for f in (path / f"{split}.jsonl", path / f"{split}.jsonl.gz") if f.exists()]
+        found = [f for s in hub.spellings(split) for f in (path / f"{s}.jsonl", path / f"{s}.jsonl.gz") if f.exists()]
         if not found:
             raise FileNotFoundError(f"{path} has no {split}.jsonl or {split}.jsonl.gz: one JSON object a line, "
                                     f"with the fields document and summary.")
         path = found[0]
     if not path.exists():
         raise FileNotFoundError(f"There is no {path}: --data takes 'tiny', a folder with train.jsonl and test.jsonl, "
-                                f"or a .jsonl or .jsonl.gz file.")
+                                f"a .jsonl or .jsonl.gz file, or a data set of the hub, owner/name.")
     posts = []
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    posts.append(_post(line, f"{path} line {number}", number, document, reference))
+                    post = _post(line, f"{path} line {number}", number, document, reference, min_chars)
+                    posts += [post] if post else []
+                if max_posts and len(posts) == max_posts:
+                    break
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as e:
         raise ValueError(f"{path} breaks off or is not text after {len(posts)} posts ({e}): copy it again.") from e
     if not posts:
-        raise ValueError(f"{path} holds no posts.")
+        raise ValueError(f"{path} holds no posts{f' of at least {min_chars} characters' if min_chars else ''}.")
     return posts
 
 
-def load_split(data: str, eval_data: str = "") -> tuple[list[Post], list[Post]]:
-    """Posts to train on, and posts held out: `eval_data`, the folder's val or test file, or the file's last tenth."""
-    posts = load_posts(data, "train")
+def on_hub(source: str | Path) -> bool:
+    """A name like a hub data set's, and nothing of that name here."""
+    return bool(hub.NAME.fullmatch(str(source))) and not Path(source).expanduser().exists()
+
+
+def has_splits(source: str) -> bool:
+    """Whether `source` brings a split for training and others for testing; a single file does not."""
+    return source == "tiny" or on_hub(source) or Path(source).expanduser().is_dir()
+
+
+def load_split(data: str, eval_data: str = "", max_posts: int = 0,
+               min_chars: int = 0) -> tuple[list[Post], list[Post]]:
+    """Posts to train on, and posts held out: `eval_data`, the data's own val or test split, or a file's last tenth."""
+    which = {"max_posts": max_posts, "min_chars": min_chars}
+    posts = load_posts(data, "train", **which)
     if eval_data:
-        return posts, load_posts(eval_data, "test")
-    if data == "tiny" or Path(data).expanduser().is_dir():
+        return posts, load_posts(eval_data, "test", **which)
+    if has_splits(data):
         try:
-            return posts, load_posts(data, "val")
+            return posts, load_posts(data, "val", **which)
         except FileNotFoundError:
-            return posts, load_posts(data, "test")
+            return posts, load_posts(data, "test", **which)
     if len(posts) < 10:
         raise ValueError(f"{data} has only {len(posts)} posts, too few to hold some out: give --eval-data.")
     return posts[:-(len(posts) // 10)], posts[-(len(posts) // 10):]
 
 
-def _post(line: str, where: str, number: int, document: str | None, reference: str | None) -> Post:
+def _post(line: str, where: str, number: int, document: str | None, reference: str | None, min_chars: int):
+    """A line of a file -> the Post, or None where its document is shorter than `min_chars`."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as e:
@@ -97,9 +122,12 @@ def _post(line: str, where: str, number: int, document: str | None, reference: s
     d = document or next((f for f in DOCUMENT_FIELDS if f in row), None)
     r = reference or next((f for f in REFERENCE_FIELDS if f in row and f != d), None)
     text, summary = row.get(d), row.get(r) or ""
+    if isinstance(text, str) and len(text.strip()) < min_chars:
+        return None
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where} has no text in the field '{d or DOCUMENT_FIELDS[0]}': its fields are "
-                         f"{', '.join(row) or 'none'}. Mend the line, or name the field that holds the text.")
+                         f"{', '.join(row) or 'none'}. Mend the line, name the field that holds the text, or leave "
+                         f"empty posts out with --min-chars 1.")
     if not isinstance(summary, str) or (reference and reference not in row):
         raise ValueError(f"{where} has no summary text in the field '{r}'.")
     try:
@@ -131,12 +159,21 @@ TEMPLATES = {
     "tagged_chatml": f"<|im_start|>system\n{REQUEST}<|im_end|>\n"
                      "<|im_start|>user\n{document}<|im_end|>\n<|im_start|>assistant\n",
 }
+# Qwen3 with thinking switched off: it has thought already, and nothing. Otherwise its thoughts would be the summary.
+TEMPLATES["qwen3"] = TEMPLATES["chatml"] + "<think>\n\n</think>\n\n"
 _MARKS = re.compile(r"(<\|im_start\|>|<\|im_end\|>)")
 
 
-def choose_template(tokenizer: Tokenizer) -> str:
-    """A tokenizer that knows `<|im_start|>` belongs to a chat model."""
-    return "plain" if tokenizer.token_to_id("<|im_start|>") is None else "chatml"
+def choose_template(model: Transformer, tokenizer: Tokenizer) -> str:
+    """A chat model is one that ends with `<|im_end|>`; Qwen3's is told not to think where its own template can say so.
+
+    The tokenizer alone does not tell: the base models of Qwen and SmolLM2 have the same marks, and Qwen's even ship the
+    chat template, but they end with `<|endoftext|>`. Where this guesses wrong there is --template.
+    """
+    if tokenizer.token_to_id("<|im_end|>") not in model.config.eos_token_ids:
+        return "plain"
+    own = b"".join(model.sidecars.get(name, b"") for name in ("chat_template.jinja", "tokenizer_config.json"))
+    return "qwen3" if b"enable_thinking" in own else "chatml"
 
 
 def render(post: Post, template: str, target: int, unit: str = "characters") -> str:
@@ -328,12 +365,12 @@ def draw(logits: Tensor, noise: Tensor, temperature: float, top_k: int, top_p: f
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, -1).values[:, -1:]  # [N, 1]
-        logits = logits.maskedfill(logits < kth, -torch.inf)
+        logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1:
         ordered, where = logits.sort(-1, descending=True)  # [N, V]
         p = ordered.softmax(-1)
         outside = p.cumsum(-1) - p >= top_p  # the mass before a token already suffices; the first one always stays
-        logits = logits.maskedfill(outside.scatter(-1, where, outside), -torch.inf)
+        logits = logits.masked_fill(outside.scatter(-1, where, outside), -torch.inf)
     log_p = logits.log_softmax(-1)  # [N, V]
     # float64 (noise has it, except on Apple's GPU): a float32 running sum over 150,000 words loses the rare ones
     cdf = log_p.exp().cumsum(-1, dtype=noise.dtype)  # [N, V]

@@ -30,7 +30,7 @@ from adamw import AdamW
 from eval import ask, content_lengths, opened, parse_budgets, room_for, within
 from grpo import flag
 from log import PENALTIES, Log
-from model import LORA_TARGETS, add_lora, load, merge_lora, read_json, save, save_adapters, write_file
+from model import add_lora, load, merge_lora, read_json, save, save_adapters, write_file
 from rollout import TINY, Post, choose_template, load_split, sample, tokenize
 from squish import CLOSE, UNITS, cost, cut, ensemble, extract, fits, penalise
 
@@ -40,8 +40,11 @@ class Config(grpo.Config):
     """Every field is a flag of the same name; the defaults are those of the embedded model."""
 
     model: str = flag("tiny", "a Hugging Face folder, a hub name, or tiny")
-    data: str = flag("tiny", "posts to train on: tiny, a folder with train.jsonl, or a .jsonl or .jsonl.gz file")
-    eval_data: str = flag("", "held-out posts; empty: the data's own val or test file, else a tenth of the data")
+    data: str = flag("tiny", "posts to train on: tiny, a folder with train.jsonl, a .jsonl or .jsonl.gz file, or a "
+                             "hub data set such as mlabonne/smoltldr")
+    eval_data: str = flag("", "held-out posts; empty: the data's own val or test split, else a tenth of the data")
+    max_posts: int = flag(0, "take only the first so many posts of the data and of the held-out data; 0: all")
+    min_chars: int = flag(0, "leave out posts of fewer characters")
     stages: tuple[str, ...] = flag(("length:40", "rouge_l+3*length:180"), "one or more REWARD:STEPS, run in order")
     stage_ref: str = flag("start", "the model that the KL holds to: the run's first, or the last of the previous stage",
                           choices=("start", "previous"))
@@ -49,7 +52,8 @@ class Config(grpo.Config):
     target: int = flag(30, "wanted length of a summary, in tokens of the model")
     prompts: int = flag(4, "posts in a batch (B)")
     group: int = flag(8, "completions of each post (G)")
-    template: str = flag("", "prompt template, chatml or plain; empty: whatever fits the tokenizer")
+    template: str = flag("", "prompt template: chatml, qwen3 (thinking off), plain; for SQUISH tagged, notes, "
+                             "tagged_chatml; empty: whatever fits the model")
     budgets: str = flag("0.1,0.2", "for SQUISH: size of a summary, one of these for each post: shares of the document "
                                    "(0.1) or numbers (200)")
     budget_unit: str = flag("chars", "what a budget counts", choices=UNITS)
@@ -60,7 +64,7 @@ class Config(grpo.Config):
     max_document: int = flag(0, "cut documents to this many tokens; 0: refuse what does not fit")
     lora: int = flag(0, "rank of the adapters that are trained in place of the weights; 0: train the weights")
     lora_alpha: float = flag(0.0, "adapters count alpha / rank times; 0: twice the rank")
-    lora_targets: str = flag(",".join(LORA_TARGETS), "projections that get adapters")
+    lora_targets: str = flag("", "projections that get adapters, such as q_proj,v_proj; empty: all")
     max_prompt: int = flag(0, "leave out posts whose prompt has more tokens than this; 0: refuse what does not fit")
     lr: float = flag(6e-4, "learning rate (about 2e-6 for a model of 0.5B)")
     warmup: int = flag(5, "steps over which the learning rate rises from 0")
@@ -168,14 +172,15 @@ def prepare(config: Config, stages: list[Stage]):
     if tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer.json: copy it there from the model it was made of.")
     if config.lora:
-        add_lora(model, config.lora, config.lora_alpha or 2.0 * config.lora, config.lora_targets.split(","),
-                 config.seed)
+        targets = [name for name in config.lora_targets.split(",") if name]
+        add_lora(model, config.lora, config.lora_alpha or 2.0 * config.lora, targets, config.seed)
     model.checkpointing = config.checkpointing
-    splits = load_split(config.data, config.eval_data)
+    budgets = budgets_of(config)
+    config.template = config.template or ("tagged" if budgets else choose_template(model, tokenizer))
+    splits = load_split(config.data, config.eval_data, config.max_posts, config.min_chars)
     if config.max_document:
         splits = [[dataclasses.replace(post, document=cut(tokenizer, post.document, config.max_document))
                    for post in posts] for posts in splits]
-    budgets = budgets_of(config)
     wrong = "length" if config.budget_unit == "chars" else "char_length"
     if budgets and any(wrong in stage.reward.names for stage in stages):
         raise ValueError(f"--stages: '{wrong}' does not go with budgets of {config.budget_unit}: take "
@@ -250,8 +255,7 @@ class Task:
 def task_of(tokenizer, post: Post, config: Config, budget: float | int) -> Task:
     if budget:
         return Task(post, *ask(tokenizer, post, config, budget), budget)
-    template = config.template or choose_template(tokenizer)
-    return Task(post, tokenize(tokenizer, post, template, config.target), config.target)
+    return Task(post, tokenize(tokenizer, post, config.template, config.target), config.target)
 
 
 def tasks_of(posts: list[Post], step: int, config: Config, tokenizer) -> list[Task]:
@@ -417,7 +421,8 @@ def check(c: Config) -> None:
          "--seed, --warmup and --weight-decay cannot be negative, and --lr-end must lie in [0, 1]"),
         (0 < c.max_new_tokens <= 1.1 * c.target, f"--max-new-tokens {c.max_new_tokens} would cut summaries at the "
                                                  f"target of {c.target} and count them as hits: leave room to miss"),
-        (c.max_new_tokens < 0 or c.max_prompt < 0, "--max-new-tokens and --max-prompt cannot be negative"),
+        *((getattr(c, n) < 0, f"--{n.replace('_', '-')} cannot be negative") for n in (
+            "max_new_tokens", "max_prompt", "max_posts", "min_chars")),
         *((getattr(c, n) < 1, f"--{n.replace('_', '-')} must be at least 1") for n in (
             "target", "prompts", "updates", "micro_tokens", "eval_posts", "save_every", "print_every")),
     ):

@@ -259,7 +259,7 @@ def sampling_against_transformers(shape: str) -> None:
         weights = write_model(folder, shape)
         speed = bandwidth()
         print(f"sampling 8 x {NEW} tokens after a prompt of {PROMPT}, {shape} shape, float32, {weights:.2f} GiB of "
-              f"weights; memory is read at {speed:.1f} GiB/s, so no step takes less than {1e3 * weights / speed:.0f} ms")
+              f"weights; memory is read at {speed:.1f} GiB/s: no step is faster than {1e3 * weights / speed:.0f} ms")
         print(f"{'':14} {'seconds':>8} {'of them prompt':>15} {'tokens/s':>9} {'ms a step':>10} {'of the floor':>13}")
         rows = {}
         for name, job in (("ours", sampling_ours), ("transformers", sampling_transformers)):

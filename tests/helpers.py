@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,11 @@ BASE = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidde
 
 
 def raw_config(family="qwen2", **more):
-    """A `config.json`: 4 query heads on 2 key heads; head_dim explicit (and not 32 / 4) where the family has it."""
-    extra = {"head_dim": 12} if family == "qwen3" else {}
-    return {"model_type": family, **BASE, **extra, **more}
+    """A `config.json`: 4 query heads on 2 key heads; head_dim explicit (and not 32 / 4) where the family has it.
+    lfm2's feed-forward: 2/3 of 48 is 32, and 40 is the next multiple of 20."""
+    extra = {"qwen3": {"head_dim": 12}, "lfm2": {"num_hidden_layers": 3, "block_multiple_of": 20, "norm_eps": 1e-4,
+                                                 "layer_types": ["conv", "full_attention", "conv"]}}
+    return {"model_type": family, **BASE, **extra.get(family, {}), **more}
 
 
 def randomise(model, seed=0):
@@ -101,6 +104,18 @@ def edit_json(path, **changes):
     """Set keys of a JSON file; a value of ... deletes the key."""
     value = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))
+
+
+@contextmanager
+def disk_full_after(n_bytes):
+    """No file may grow beyond n_bytes: what a full disk looks like from inside, for root as well."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # The 45 files that Princeton's lexicographers wrote: nltk wants the list, which Debian's package lacks. lexnames(5WN).

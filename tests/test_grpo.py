@@ -453,10 +453,11 @@ def test_a_kl_without_a_reference_is_refused():
 # ------------------------------------------------------------------------------------------- one prompt, one forward
 
 
-def tiny_model(seed=0, dtype=torch.float64):
-    """Two random layers of width 32 with grouped-query attention, biases and a tied head."""
+def tiny_model(seed=0, dtype=torch.float64, family="qwen2"):
+    """Two random layers of width 32 with grouped-query attention, biases and a tied head; lfm2: a convolution first."""
     torch.manual_seed(seed)
-    raw = {"model_type": "qwen2", "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    raw = {"model_type": family, "layer_types": ["conv" if family == "lfm2" else "full_attention", "full_attention"],
+           "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
            "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "eos_token_id": STOP,
            "max_position_embeddings": 64}
     model = Transformer(read_config(raw, "tiny"))
@@ -502,13 +503,14 @@ def gradients(model):
 @pytest.mark.parametrize("lengths", [((4, 1, 2, 4), (6, 3, 6, 2), (1, 2, 1, 1)), ((1, 1), (1, 1), (1, 1)),
                                      ((5, 2), (4, 4), (3, 1))], ids=["ragged", "T=1", "G=2"])
 @pytest.mark.parametrize("P", [(3, 9, 5), (4, 4, 4), (1, 2, 1)], ids=["ragged", "equal", "short"])
-def test_a_shared_prompt_gives_the_gradient_of_full_copies(P, lengths):
+@pytest.mark.parametrize("family", ["qwen2", "lfm2"])
+def test_a_shared_prompt_gives_the_gradient_of_full_copies(family, P, lengths):
     """The prompt runs once, its keys and values serve G rows, and every row's gradient reaches it.
 
     Values and parameter gradients (through prompt, completions and the tied head) equal those of G plain copies. With
     weights on each token, so that no error can hide behind another one.
     """
-    model, groups = tiny_model(), random_groups(P, lengths)
+    model, groups = tiny_model(family=family), random_groups(P, lengths)
     T = max(g.tokens.shape[1] for g in groups)
     tokens, mask = (torch.stack([torch.nn.functional.pad(getattr(g, n), (0, T - g.tokens.shape[1])) for g in groups])
                     for n in ("tokens", "mask"))

@@ -10,13 +10,17 @@ import grpo
 from model import Transformer, add_lora, load, load_adapters, merge_lora, save, save_adapters
 from rollout import Group
 
-FAMILIES = ("qwen2", "qwen3", "llama")
+FAMILIES = ("qwen2", "qwen3", "llama", "lfm2")
 
 
-def adapted(family="qwen2", seed=0, targets=("q_proj", "o_proj", "down_proj"), **more) -> Transformer:
+def some(family) -> tuple[str, ...]:
+    return ("q_proj", "out_proj", "w2") if family == "lfm2" else ("q_proj", "o_proj", "down_proj")
+
+
+def adapted(family="qwen2", seed=0, **more) -> Transformer:
     """A model whose adapters have learnt something: both factors are random."""
     model = tiny_model(family, seed, **more)
-    add_lora(model, 3, 6.0, targets)
+    add_lora(model, 3, 6.0, some(family))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -41,7 +45,7 @@ def test_a_projection_with_an_adapter_is_one_matrix_plus_a_product_of_two(family
     model, plain, x = adapted(family), tiny_model(family), tokens(2, 7)
     with torch.no_grad():
         for name, m in plain.named_modules():
-            if name.endswith(("q_proj", "o_proj", "down_proj")):
+            if name.endswith(some(family)):
                 parameters = dict(model.named_parameters())
                 m.weight += 6.0 / 3 * parameters[f"{name}.lora_B"] @ parameters[f"{name}.lora_A"]
     assert_same(model(x), plain(x), 1e-5)
@@ -137,7 +141,8 @@ def test_peft_reads_our_adapters_and_we_read_peft_s(tmp_path, family):
     with theirs.disable_adapter():
         assert_same(theirs(x).logits.detach(), base(x).detach(), 1e-4)
 
-    config = LoraConfig(r=4, lora_alpha=12, target_modules=["k_proj", "up_proj"], task_type="CAUSAL_LM")
+    names = ["in_proj", "k_proj"] if family == "lfm2" else ["k_proj", "up_proj"]
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=names, task_type="CAUSAL_LM")
     theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).eval()
     torch.manual_seed(3)
     for name, p in theirs.named_parameters():
@@ -146,7 +151,7 @@ def test_peft_reads_our_adapters_and_we_read_peft_s(tmp_path, family):
     theirs.save_pretrained(tmp_path / "theirs")
     load_adapters(base, tmp_path / "theirs")
     assert_same(theirs(x).logits.detach(), base(x).detach(), 1e-4)
-    assert sorted({n.split(".")[-2] for n in adapters_of(base)}) == ["k_proj", "up_proj"]
+    assert sorted({n.split(".")[-2] for n in adapters_of(base)}) == names
 
 
 def test_adapters_go_to_a_folder_and_come_back(tmp_path):

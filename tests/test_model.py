@@ -8,7 +8,6 @@ or rotation cannot hide behind an initial 0 or 1.
 import json
 import os
 import shutil
-from contextlib import contextmanager
 
 import huggingface_hub
 import pytest
@@ -19,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from model import Cache, load, pad, save, token_logprobs
+from model import Cache, Transformer, load, pad, read_config, save, token_logprobs
 from tests.helpers import (
     assert_same,
     byte_bpe,
+    disk_full_after,
     edit_json,
     few,
     gradients,
@@ -34,7 +34,7 @@ from tests.helpers import (
     tokens,
 )
 
-FAMILIES = ["llama", "qwen2", "qwen3"]
+FAMILIES = ["llama", "qwen2", "qwen3", "lfm2"]
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -75,6 +75,14 @@ def test_logits_are_those_of_transformers(tmp_path, family, tied, shards):
     ("llama", {"num_key_value_heads": 1}),  # one key head for all
     ("qwen3", {"attention_bias": True}),  # on the output projection too, where qwen2 has none
     ("qwen2", {"rms_norm_eps": 0.1}),  # an epsilon so large that a wrong one shows
+    ("lfm2", {"norm_eps": 0.1, "rms_norm_eps": 0.5}),  # lfm2's own name for it counts
+    ("lfm2", {"conv_bias": True}),  # on the convolution and on both of its projections
+    ("lfm2", {"conv_L_cache": 1}), ("lfm2", {"conv_L_cache": 2}), ("lfm2", {"conv_L_cache": 5}),
+    ("lfm2", {"layer_types": None, "full_attn_idxs": [0, 2]}),  # the older spelling
+    ("lfm2", {"layer_types": None}),  # nothing but attention
+    ("lfm2", {"attention_bias": True}),  # which it has nowhere
+    ("lfm2", {"block_auto_adjust_ff_dim": False}),  # 48 wide, as configured
+    ("lfm2", {"block_ffn_dim_multiplier": 1.3}),  # 2/3 of 48, times 1.3, is 41, and the next multiple of 20 is 60
 ], ids=str)
 def test_every_switch_of_a_config_is_obeyed(tmp_path, family, more):
     assert_equal_logits(*write_folder(tmp_path, family, **more))
@@ -115,6 +123,85 @@ def test_a_tied_matrix_is_found_under_either_name(tmp_path, stored):
     assert ours.head is ours.embed_tokens.weight and "lm_head.weight" not in dict(ours.named_parameters())
 
 
+def test_layers_without_any_attention_need_no_keys():
+    """transformers cannot run such a model; for us it is the plain sum, written out for one layer and one row."""
+    model = tiny_model("lfm2", num_hidden_layers=1, layer_types=["conv"], dtype=torch.float64)
+    ids, layer = tokens(1, 6), model.layers[0]
+    x = model.embed_tokens(ids)  # [1, 6, D]
+    b, c, u = layer.conv.in_proj(layer.operator_norm(x))[0].chunk(3, -1)  # [6, D] each
+    w = layer.conv.conv.weight[:, 0]  # [D, 3]
+    y = torch.stack([sum(w[:, j] * (b * u)[t - 2 + j] for j in range(3) if t - 2 + j >= 0) for t in range(6)])  # [6, D]
+    x = x + layer.conv.out_proj(c * y)
+    x = x + layer.feed_forward(layer.ffn_norm(x))
+    assert_same(model.hidden(ids), model.embedding_norm(x), 1e-12)
+    cache = Cache()
+    pieces = [model.hidden(piece, cache) for piece in ids.split([1, 3, 2], 1)]
+    assert_same(torch.cat(pieces, 1), model.hidden(ids), 1e-12)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("L", [2, 3, 5])
+def test_lfm2_reads_a_padded_batch_as_transformers_does(tmp_path, side, L):
+    """A convolution has no attention mask to hide padding behind: with padding on the left, the first real tokens must
+    find zeros before them, and with a wide window no real token may see over the edge."""
+    folder, theirs = write_folder(tmp_path, "lfm2", conv_L_cache=L)
+    ours, _ = load(folder, "cpu")
+    padded, mask = pad_rows([tokens(1, n, seed=n)[0] for n in (1, 9, 2, 4)], side)
+    with torch.no_grad():
+        want = theirs(padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+        assert_same(ours(padded, mask)[mask], want[mask], 1e-4)
+
+
+def test_lfm2_decodes_token_by_token_as_transformers_does(tmp_path):
+    """Their cache against ours: a prompt, then one token at a time, logits compared at each."""
+    folder, theirs = write_folder(tmp_path, "lfm2")
+    ours, _ = load(folder, "cpu")
+    ids, past, cache = tokens(2, 12), None, Cache()
+    with torch.no_grad():
+        for piece in ids.split([5, 1, 1, 1, 1, 1, 1, 1], 1):
+            out = theirs(piece, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            assert_same(ours.hidden(piece, cache) @ ours.head.T, out.logits, 1e-4)
+
+
+def test_both_generations_of_lfm2_configs_mean_the_same(tmp_path):
+    """The first LFM2 folders spell layers, width and tied head otherwise than today's."""
+    folder, theirs = write_folder(tmp_path, "lfm2")
+    want = load(folder, "cpu")[0](tokens(2, 17))
+    for changes in (
+        {"layer_types": ..., "full_attn_idxs": [1], "block_ff_dim": 48, "intermediate_size": ..., "rope_theta": 500.0,
+         "rope_parameters": ..., "tie_embedding": True, "tie_word_embeddings": ...},
+        {"tie_embedding": ...},  # neither spelling: tied, unlike the other families
+        {"block_ff_dim": 48, "intermediate_size": 999},  # transformers lets the old spelling win
+    ):
+        edit_json(folder / "config.json", **changes)
+        assert torch.equal(load(folder, "cpu")[0](tokens(2, 17)), want)
+        assert_same(AutoModelForCausalLM.from_pretrained(folder)(tokens(2, 17)).logits, want, 1e-4)
+    edit_json(folder / "config.json", rope_theta=..., rope_parameters=...)  # its own default, not Llama's
+    assert_equal_logits(folder, AutoModelForCausalLM.from_pretrained(folder).eval())
+    folder, theirs = write_folder(tmp_path / "untied", "lfm2", tie_word_embeddings=False)
+    edit_json(folder / "config.json", tie_embedding=False, tie_word_embeddings=True)  # the old spelling wins here too
+    assert_equal_logits(folder, theirs)
+
+
+@pytest.mark.parametrize("name, width, attends, layers", [
+    ("lfm2-350m/config.json", 4608, [2, 5, 8, 10, 12, 14], 16),  # block_ff_dim 6656, adjusted
+    ("lfm2.5-encoders/LFM2.5-Encoder-230M.config.json", 2560, [2, 4, 6, 8, 10, 12], 14),  # not adjusted
+    ("lfm2.5-encoders/LFM2.5-Embedding-350M.config.json", 4608, [2, 5, 8, 10, 12, 14], 16),
+])
+def test_the_published_lfm2_configs_are_understood(name, width, attends, layers):
+    """Both generations of them, as they are on the hub: the shapes of the weights follow."""
+    raw = json.loads(real(f"tokenizers/{name}").read_text())
+    c = read_config(raw, name)
+    assert [i for i, kind in enumerate(c.layer_types) if kind == "full_attention"] == attends
+    assert (c.intermediate_size, len(c.layer_types), c.head_dim, c.conv_L_cache) == (width, layers, 64, 3)
+    assert (c.rope_theta, c.rms_norm_eps, c.tie_word_embeddings, c.eos_token_ids) == (1e6, 1e-5, True, (7,))
+    with torch.device("meta"):
+        ours, theirs = Transformer(c), AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw))
+    shapes = {name.removeprefix("model."): p.shape for name, p in theirs.named_parameters()}
+    assert {name: p.shape for name, p in ours.named_parameters()} == shapes
+
+
 def test_a_stored_rotation_table_is_passed_over(tmp_path):
     folder, theirs = write_folder(tmp_path, "llama")
     weights = load_file(folder / "model.safetensors")
@@ -151,12 +238,14 @@ def test_a_pretrained_model_tells_the_story_it_is_known_for():
 @given(st.sampled_from(FAMILIES), st.lists(st.integers(1, 5), min_size=1, max_size=5))
 def test_reading_in_pieces_is_reading_at_once(family, pieces):
     """Token by token is the special case of pieces of one: positions and keys must go on where the cache stopped."""
-    model, ids, cache = tiny_model(family), tokens(2, sum(pieces)), Cache()
+    ids = tokens(2, sum(pieces))
     with torch.no_grad():
-        for chunks in (pieces, [1] * sum(pieces)):
-            cache = Cache()
-            hidden = torch.cat([model.hidden(piece, cache) for piece in ids.split(chunks, 1)], 1)  # [2, T, D]
-            assert_same(hidden @ model.head.T, model(ids), 1e-5)
+        for dtype, atol in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+            model = tiny_model(family, dtype=dtype)
+            for chunks in (pieces, [1] * sum(pieces)):
+                cache = Cache()
+                hidden = torch.cat([model.hidden(piece, cache) for piece in ids.split(chunks, 1)], 1)  # [2, T, D]
+                assert_same(hidden @ model.head.T, model(ids), atol)
 
 
 lengths_and_side = st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.sampled_from(["left", "right"]))
@@ -256,9 +345,10 @@ def test_a_cache_is_shared_once():
     assert "shared" in refusal(ValueError, cache.share, 2)
 
 
-def test_completions_may_be_padded_too():
+@pytest.mark.parametrize("family", ["qwen3", "lfm2"])
+def test_completions_may_be_padded_too(family):
     """A mask on the rows after `share`: what is padding there is nobody's past."""
-    model = tiny_model("qwen3", dtype=torch.float64)
+    model = tiny_model(family, dtype=torch.float64)
     prompt, rows = tokens(1, 6), [tokens(1, n, seed=n)[0] for n in (2, 5)]
     for side in ("left", "right"):
         padded, mask = pad_rows(rows, side)
@@ -269,15 +359,16 @@ def test_completions_may_be_padded_too():
             assert_same(hidden[i][mask[i]], model.hidden(torch.cat([prompt[0], row])[None])[0, 6:], 1e-10)
 
 
-@pytest.mark.parametrize("lengths", [[4, 4, 4], [2, 6, 4]], ids=["equal", "different"])
+@pytest.mark.parametrize("family", ["qwen2", "lfm2"])
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [2, 6, 4], [1, 3, 2]], ids=["equal", "different", "short"])
 @pytest.mark.parametrize("keep_prompts, keep_rows", [
     ([0, 1, 2], [0, 1, 2, 3, 4, 5]),  # everything
     ([0, 1, 2], [1, 2, 5]),  # a column less: the prompts are not copied
     ([0, 2], [0, 1, 4, 5]),  # a prompt less
     ([2], [5]),  # the last one standing
 ], ids=str)
-def test_finished_rows_leave_and_the_others_do_not_notice(lengths, keep_prompts, keep_rows):
-    model = tiny_model("qwen2", dtype=torch.float64)
+def test_finished_rows_leave_and_the_others_do_not_notice(lengths, keep_prompts, keep_rows, family):
+    model = tiny_model(family, dtype=torch.float64)
     prompts = [tokens(1, n, seed=i)[0] for i, n in enumerate(lengths)]
     completions = tokens(6, 5, seed=3)  # 3 prompts, 2 rows each
     padded, mask = pad_rows(prompts, "right")
@@ -483,18 +574,6 @@ def test_saving_over_a_sharded_folder_replaces_the_model(tmp_path):
         assert_same(load(folder, "cpu")[0](ids), ours(ids), 1e-6)
 
 
-@contextmanager
-def disk_full_after(n_bytes):
-    """No file may grow beyond n_bytes: what a full disk looks like from inside, for root as well."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("fails_at", ["weights", "tokenizer"])
 def test_a_failed_save_leaves_the_old_model(tmp_path, fails_at):
     """Half a model is worse than none: whichever file the disk has no room for, all the old ones must stay."""
@@ -567,6 +646,14 @@ def test_a_config_that_cannot_be_read(whole, tmp_path, content):
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0}}, "yarn"),
     ({"use_sliding_window": True, "sliding_window": 8}, "sliding"),
     ({"hidden_act": "gelu"}, "gelu"),
+    ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding_attention"),
+    ({"layer_types": ["conv", "full_attention"]}, "conv"),  # which only lfm2 has
+    ({"layer_types": ["full_attention"]}, "2 layers"),
+    ({"layer_types": "full_attention"}, "layer_types"),
+    ({"model_type": "lfm2", "layer_types": ..., "full_attn_idxs": 1}, "full_attn_idxs"),
+    ({"model_type": "lfm2", "block_multiple_of": 0}, "block_multiple_of"),
+    ({"model_type": "lfm2", "conv_L_cache": "3"}, "conv_L_cache"),
+    ({"model_type": "lfm2", "block_ffn_dim_multiplier": "1"}, "block_ffn_dim_multiplier"),
 ], ids=lambda x: x if isinstance(x, str) else "")
 def test_a_model_that_would_be_computed_wrongly_is_refused(whole, tmp_path, changes, named):
     """A feature that is ignored loads well, trains badly and never says so. The message names file and feature."""

@@ -5,17 +5,22 @@ doing the same thing, or an identity that holds exactly. There are no statistics
 deterministic function of logits and one uniform number a token, and is tested as such.
 """
 
+import copy
 import gzip
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedTokenizerFast,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -23,7 +28,7 @@ from transformers import (
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from grpo import group_logprobs
-from model import save
+from model import read_config, save
 from rollout import Post, choose_template, draw, load_posts, render, sample, tokenize
 from tests.helpers import assert_same, byte_bpe, few, raw_config, real, refusal, tiny_model, tokens
 
@@ -139,6 +144,7 @@ def test_the_prompt_as_text():
     )
     assert render(post, "plain", 8) == (
         "Post:\nI lost a shoe.\n\nHave you seen it?\n\nSummary in about 8 tokens:\n")
+    assert render(post, "qwen3", 64) == render(post, "chatml", 64) + "<think>\n\n</think>\n\n"
     assert "chatml, plain" in refusal(ValueError, render, post, "alpaca", 64)
     assert "chatml, plain" in refusal(ValueError, tokenize, byte_bpe(), post, "alpaca", 64)
 
@@ -152,15 +158,34 @@ def test_a_post_may_spell_the_placeholders(template):
     assert tokenizer.decode(ids, skip_special_tokens=False) == render(post, template, 64)
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-0.5b-instruct", "qwen3-1.7b", "lfm2-350m"])
-def test_the_prompt_is_what_the_published_templates_make_of_it(name):
+def published(name):
+    """The chat template of a folder, in either of the places where it may be."""
     folder = real(f"tokenizers/{name}")
     jinja = folder / "chat_template.jinja"
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    jinja = jinja.read_text() if jinja.exists() else config["chat_template"]
+    return jinja.read_text() if jinja.exists() else json.loads((folder / "tokenizer_config.json").read_text())[
+        "chat_template"]
+
+
+@pytest.mark.parametrize("name, template", [
+    ("qwen2.5-0.5b-instruct", "chatml"), ("qwen3-1.7b", "qwen3"), ("lfm2-350m", "chatml")])
+def test_the_prompt_is_what_the_published_templates_make_of_it(name, template):
     post = Post("First line.\n\n  {indented}  \nlast — line?", "", "1")
-    want, _ = render_jinja_template([chat(post)], chat_template=jinja, add_generation_prompt=True, bos_token="<BOS>")
-    assert want[0].removeprefix("<BOS>") == render(post, "chatml", 64)  # LFM2's bos comes from its tokenizer
+    want, _ = render_jinja_template([chat(post)], chat_template=published(name), add_generation_prompt=True,
+                                    bos_token="<BOS>", enable_thinking=False)
+    assert want[0].removeprefix("<BOS>") == render(post, template, 64)  # LFM2's bos comes from its tokenizer
+
+
+def test_the_ids_of_an_lfm2_prompt_begin_with_one_bos():
+    """Its chat template writes the bos as text, and its tokenizer adds one: there must be one, and not none or two."""
+    tokenizer, post = byte_bpe(), Post("I lost a shoe.", "", "1")
+    tokenizer.add_special_tokens(["<|startoftext|>"])
+    bos = tokenizer.token_to_id("<|startoftext|>")
+    tokenizer.post_processor = TemplateProcessing(
+        single="<|startoftext|> $A", special_tokens=[("<|startoftext|>", bos)])
+    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|startoftext|>")
+    want = theirs.apply_chat_template(chat(post), chat_template=published("lfm2-350m"), add_generation_prompt=True,
+                                      return_dict=False)
+    assert tokenize(tokenizer, post, "chatml", 64) == want and want.count(bos) == 1
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +202,21 @@ def test_real_posts_become_the_ids_that_the_chat_model_was_trained_on(qwen):
     assert len(posts) == 200 and any("\n" in post.document for post in posts)
     for post in posts:
         assert tokenize(qwen.backend_tokenizer, post, "chatml", 64) == ids_of_transformers(qwen, post)
+
+
+def test_qwen3_prompts_become_the_ids_of_its_template_with_thinking_off(qwen):
+    """Qwen3's vocabulary is Qwen2.5's and four more marks, which are no special tokens but ordinary words to it: in
+    the template, and in a post as well."""
+    words = [AddedToken(word, special=False, normalized=False) for word in (
+        "<tool_response>", "</tool_response>", "<think>", "</think>")]
+    theirs = copy.deepcopy(qwen)
+    theirs.add_tokens(words)
+    think = theirs.convert_tokens_to_ids("<think>")
+    for post in [*load_posts(real("reddit/tldr_test.jsonl.gz"))[:20], Post("I <think> so.\n", "", "1")]:
+        want = theirs.apply_chat_template(chat(post), chat_template=published("qwen3-1.7b"), enable_thinking=False,
+                                          add_generation_prompt=True, return_dict=False)
+        assert tokenize(theirs.backend_tokenizer, post, "qwen3", 64) == want
+        assert want[-4:-1:2] == [think, think + 1] and think == 151667
 
 
 @few
@@ -207,8 +247,6 @@ def test_a_post_cannot_end_its_own_turn():
 
 def test_a_tokenizer_begins_a_prompt_as_it_likes():
     """Llama's and LFM2's put a bos in front, once; Qwen's put nothing."""
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer, post = byte_bpe(), Post("Hello.", "", "1")
     without = {t: tokenize(tokenizer, post, t, 64) for t in ("plain", "chatml")}
     tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
@@ -216,13 +254,45 @@ def test_a_tokenizer_begins_a_prompt_as_it_likes():
         assert tokenize(tokenizer, post, template, 64) == [0, *ids]
 
 
-def test_the_template_is_chosen_by_what_the_tokenizer_knows():
-    from tokenizers import Tokenizer, models
+END, END_OF_TEXT = 2, 0  # `<|im_end|>` and `<|endoftext|>` in byte_bpe
 
-    assert choose_template(byte_bpe()) == "chatml"
-    base = Tokenizer(models.BPE())
-    assert choose_template(base) == "plain"
-    assert "<|im_start|>" in refusal(ValueError, tokenize, base, Post("a", "", "1"), "chatml", 64)
+
+@pytest.mark.parametrize("family, eos, own, chosen", [
+    ("qwen2", END, "", "chatml"),
+    ("qwen2", [END, END_OF_TEXT], "", "chatml"),  # as Qwen2.5's instruct models
+    ("qwen2", END_OF_TEXT, "<|im_start|>", "plain"),  # as its base models: the same tokenizer and chat template
+    ("llama", END, "", "chatml"),  # SmolLM2's instruct models
+    ("lfm2", END, "<|im_start|>", "chatml"),
+    ("qwen3", [END, END_OF_TEXT], "{% if enable_thinking %}", "qwen3"),
+    ("qwen3", [END, END_OF_TEXT], "<|im_start|>", "chatml"),  # the later instruct models, which never think
+    ("qwen3", END_OF_TEXT, "{% if enable_thinking %}", "plain"),  # a base model
+], ids=str)
+def test_the_template_is_chosen_by_how_the_model_ends(family, eos, own, chosen):
+    model = tiny_model(family, eos_token_id=eos)
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        model.sidecars = {name: own.encode()}
+        assert choose_template(model, byte_bpe()) == chosen
+    assert choose_template(model, Tokenizer(models.BPE())) == "plain"  # which knows no marks at all
+
+
+def test_a_tokenizer_without_marks_takes_no_chat_template():
+    assert "<|im_start|>" in refusal(ValueError, tokenize, Tokenizer(models.BPE()), Post("a", "", "1"), "chatml", 64)
+
+
+@pytest.mark.parametrize("name, ends, chosen", [
+    ("qwen2.5-0.5b-instruct", {151645, 151643}, "chatml"), ("qwen3-1.7b", {151645, 151643}, "qwen3"),
+    ("lfm2-350m", {7}, "chatml")])
+def test_published_models_end_and_are_asked_as_they_were_trained(name, ends, chosen):
+    """Their own config.json, generation_config.json and templates; only the weights are missing."""
+    folder = real(f"tokenizers/{name}")
+    config, generation = (json.loads((folder / f"{kind}.json").read_text()) for kind in ("config", "generation_config"))
+    model = tiny_model(config["model_type"])
+    model.config = read_config(config, name, generation)
+    model.sidecars = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert set(model.config.eos_token_ids) == ends
+    added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    tokenizer = SimpleNamespace(token_to_id={token["content"]: int(i) for i, token in added.items()}.get)
+    assert choose_template(model, tokenizer) == chosen
 
 
 # ----------------------------------------------------------------------------------------- drawing one token
@@ -340,7 +410,8 @@ some_lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 
 
 @few
-@given(some_lengths, st.sampled_from(["llama", "qwen2", "qwen3"]))
+@given(some_lengths, st.sampled_from(["llama", "qwen2", "qwen3", "lfm2"]))
+@example([1, 9, 2, 1, 5], "lfm2")  # prompts shorter than its convolution is wide
 def test_greedy_sampling_equals_the_naive_loop(lengths, family):
     """Cache, padding, shared prompts and rows that leave: none of it may show in the tokens."""
     model, prompts = policy(family), prompts_of(lengths)
@@ -350,10 +421,11 @@ def test_greedy_sampling_equals_the_naive_loop(lengths, family):
         assert spoken(group) == [naive_greedy(model, prompt, 12, STOP)] * 2
 
 
-def test_greedy_sampling_equals_transformers_generate(tmp_path):
+@pytest.mark.parametrize("family", ["qwen3", "lfm2"])
+def test_greedy_sampling_equals_transformers_generate(tmp_path, family):
     """And the oracle's oracle: five prompts of different lengths at once against transformers, one by one."""
-    ours = policy("qwen3", eos_token_id=STOP)
-    ours.raw_config = raw_config("qwen3", vocab_size=V, eos_token_id=STOP)
+    ours = policy(family, eos_token_id=STOP)
+    ours.raw_config = raw_config(family, vocab_size=V, eos_token_id=STOP)
     save(ours, None, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     prompts = prompts_of([1, 4, 9, 2, 6])
@@ -408,7 +480,8 @@ def test_rows_seeds_and_repetitions_differ():
 
 
 @few
-@given(some_lengths, st.sampled_from([0.7, 1.0, 1.3]), st.sampled_from(["llama", "qwen2", "qwen3"]))
+@given(some_lengths, st.sampled_from([0.7, 1.0, 1.3]), st.sampled_from(["llama", "qwen2", "qwen3", "lfm2"]))
+@example([1, 9, 2, 1, 5], 1.0, "lfm2")
 def test_the_sampler_believes_what_the_trainer_computes(lengths, temperature, family):
     """Sampler and loss must speak of the same policy, temperature included: the ratio of the first update is 1 only
     if they do. Two separate computations, one token by token and one at once."""

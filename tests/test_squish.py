@@ -49,7 +49,7 @@ def slow_bits(folder, tokenizer, document, summary):
     return bits[is_document]
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "lfm2"])
 def test_the_bits_are_those_of_a_slow_and_obvious_implementation(family, tokenizer, tmp_path):
     model = reference(family)
     model.raw_config = raw_config(family, vocab_size=320, max_position_embeddings=512, torch_dtype="float32")
