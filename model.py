@@ -132,6 +132,53 @@ def lfm2_width(raw: dict, size: Callable[..., int]) -> int:
 # --- the layers ------------------------------------------------------------------------------------------------------
 
 
+# A CPU without bfloat16 units (most laptops) multiplies bfloat16 at a tenth of float32's speed: there every large
+# product is made in float32, from weights that are widened a slice at a time.
+NARROW_IS_SLOW = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def widen(x: Tensor) -> bool:
+    """Whether products with x are worth making in float32."""
+    return NARROW_IS_SLOW and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+
+
+def wide_product(x: Tensor, W: Tensor) -> Tensor:
+    """x [M, in] times the transpose of W [out, in] -> [M, out] float32."""
+    x = x.float()
+    return torch.cat([x @ w.float().T for w in W.split(4096)], -1)
+
+
+def wide_gradients(g: Tensor, x: Tensor, W: Tensor, dW: Tensor | None) -> Tensor:
+    """Gradient g [M, out] float32 of x W^T -> that of x [M, in]; that of W is added to dW, where there is one."""
+    dx, x = torch.zeros_like(x, dtype=torch.float32), x.float()
+    for i, (at, w) in enumerate(zip(g.split(4096, -1), W.split(4096))):
+        dx.addmm_(at, w.float())
+        if dW is not None:
+            dW[4096 * i:4096 * (i + 1)] += at.T @ x
+    return dx.to(W.dtype)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, W):
+        ctx.save_for_backward(x, W)
+        return wide_product(x, W).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, W = ctx.saved_tensors
+        dW = torch.zeros_like(W) if ctx.needs_input_grad[1] else None
+        return wide_gradients(g.float(), x, W, dW), dW
+
+
+def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+    """F.linear, in float32 where that is faster; for few rows it is not, because reading W is all the work."""
+    if not widen(x) or x.numel() < 32 * x.shape[-1]:
+        return F.linear(x, W, b)
+    y = _Product.apply(x.reshape(-1, x.shape[-1]), W).view(*x.shape[:-1], -1)
+    return y if b is None else y + b
+
+
 class Linear(nn.Linear):
     """y = W x + b, and with an adapter (`add_lora`) y = W x + b + alpha/rank B A x."""
 
@@ -142,7 +189,7 @@ class Linear(nn.Linear):
         self.scale, self.on = 0.0, True  # alpha / rank; whether the adapter is used
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)  # [..., out]
+        y = linear(x, self.weight, self.bias)  # [..., out]
         if self.lora_A is None or not self.on:
             return y
         # In the adapter's own precision: it is float32 over bf16 weights, or small updates would be rounded away.
@@ -194,6 +241,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, shared=None)
     [G*R*T, hd] x [hd, P] is one large product, where G copies of the keys would be G small ones and G times the memory.
     Both kinds of scores then share one softmax, which makes this equal to plain attention over prompt + own tokens.
     """
+    if widen(q):
+        shared = shared and (shared[0].float(), shared[1].float(), shared[2])
+        return attend(q.float(), k.float(), v.float(), allowed, shared).to(q.dtype)
     if shared is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=q.shape[1] != k.shape[1])
     (N, H, T, hd), (_, K, S, _), (pk, pv, pmask) = q.shape, k.shape, shared
@@ -487,6 +537,11 @@ def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
 
 
+def to_logits(h: Tensor, head: Tensor) -> Tensor:
+    """States [n, D] and output matrix [V, D] -> logits [n, V], float32 (float64 stays)."""
+    return wide_product(h, head) if widen(h) else (h @ head.T).to(torch.promote_types(h.dtype, torch.float32))
+
+
 # --- log-probabilities without the [T, V] tensor ----------------------------------------------------------------------
 
 
@@ -516,7 +571,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def logits(h, weight, temperature):
         """[chunk, D] x [V, D] -> [chunk, V] in float32 (float64 stays)."""
-        z = (h @ weight.T).to(torch.promote_types(h.dtype, torch.float32))
+        z = to_logits(h, weight)
         return z if temperature == 1 else z.div_(temperature)
 
     @staticmethod
@@ -528,7 +583,11 @@ class _TokenLogprobs(torch.autograd.Function):
             at = slice(i, i + ctx.chunk)
             p = _TokenLogprobs.logits(hidden[at], weight, ctx.temperature).sub_(norm[at, None]).exp_()  # [chunk, V]
             g = g_logp[at, None] / ctx.temperature  # [chunk, 1]
-            dz = p.mul_(-g).scatter_add_(-1, targets[at, None], g).to(weight.dtype)  # [chunk, V]
+            dz = p.mul_(-g).scatter_add_(-1, targets[at, None], g)  # [chunk, V]
+            if widen(hidden):
+                d_hidden[at] = wide_gradients(dz, hidden[at], weight, d_weight)
+                continue
+            dz = dz.to(weight.dtype)
             d_hidden[at] = dz @ weight
             if d_weight is not None:
                 d_weight.addmm_(dz.T, hidden[at])

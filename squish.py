@@ -25,7 +25,7 @@ import torch
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
-from model import Transformer, pad
+from model import Transformer, pad, to_logits
 
 # What stands before the document. Anybody can redo the measurement: encode the text up to the first place, the summary,
 # the text between, and the document, each by itself, put bos in front, and sum over the document's tokens.
@@ -95,7 +95,7 @@ def sequence_bits(model: Transformer, rows: Sequence[tuple[list[int], list[int]]
 
 def _nats(model: Transformer, h: Tensor, target: Tensor) -> Tensor:
     """States [n, D] -> -log p(target) [n]: log of the sum of exp(z), minus the target's z. In place: z is the giant."""
-    z = (h @ model.head.T).float()  # [n, V]
+    z = to_logits(h, model.head)  # [n, V]
     wanted = z.gather(-1, target[:, None]).squeeze(-1)  # [n]
     top = z.amax(-1, keepdim=True)  # [n, 1]
     return z.sub_(top).exp_().sum(-1).log_() + top.squeeze(-1) - wanted

@@ -12,12 +12,14 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import model as model_file
 from model import Cache, Transformer, load, pad, read_config, save, token_logprobs
 from tests.helpers import (
     assert_same,
@@ -754,3 +756,51 @@ def test_a_hub_name_that_can_be_had_is_its_local_copy(whole, monkeypatch):
                         lambda name, **_: asked.append(name) or os.fspath(whole / "single"))
     load("somebody/a-model", "cpu")
     assert asked == ["somebody/a-model"]
+
+
+# --- bfloat16 where it is slow ----------------------------------------------------------------------------------------
+
+
+def bf16_losses(monkeypatch, slow, family="qwen2"):
+    """Log-probabilities of a bfloat16 model on 40 tokens, and all its gradients."""
+    monkeypatch.setattr(model_file, "NARROW_IS_SLOW", slow)
+    model, x = tiny_model(family, dtype=torch.bfloat16, vocab_size=5000), tokens(2, 40, vocab=5000)
+    logp, _ = token_logprobs(model, model.hidden(x[:, :-1]), x[:, 1:], chunk=50)
+    return logp.detach(), gradients(model, logp.sum())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "lfm2"])
+def test_products_of_bfloat16_made_in_float32_are_as_good(family, monkeypatch):
+    """Against float64 with the same weights, widened products are about as far off as bfloat16's own, for values and
+    for every gradient; the vocabulary of 5,000 takes two slices of 4,096."""
+    model, x = tiny_model(family, dtype=torch.bfloat16, vocab_size=5000).double(), tokens(2, 40, vocab=5000)
+    exact_logp, _ = token_logprobs(model, model.hidden(x[:, :-1]), x[:, 1:], chunk=50)
+    exact = gradients(model, exact_logp.sum())
+    wide_logp, wide = bf16_losses(monkeypatch, True, family)
+    own_logp, own = bf16_losses(monkeypatch, False, family)
+    assert not torch.equal(wide_logp, own_logp)
+    assert (wide_logp - exact_logp).abs().mean() < 1.1 * (own_logp - exact_logp).abs().mean()
+    for name, g in exact.items():
+        assert wide[name].dtype == torch.bfloat16
+        far = [((other[name].double() - g).norm() / g.norm()).item() for other in (wide, own)]
+        assert far[0] < max(2 * far[1], 0.01) and far[0] < 0.08, (name, far)
+
+
+def test_a_widened_product_is_exact_before_it_is_rounded(monkeypatch):
+    """Small whole numbers: their products and sums are exact in float32, and only the last rounding is left."""
+    monkeypatch.setattr(model_file, "NARROW_IS_SLOW", True)
+    g = torch.Generator().manual_seed(0)
+    x, W, dy = (torch.randint(-8, 9, shape, generator=g).to(torch.bfloat16)
+                for shape in ((50, 16), (9000, 16), (50, 9000)))
+    x.requires_grad_(), W.requires_grad_()
+    y = model_file.linear(x.view(5, 10, 16), W)
+    assert torch.equal(y.view(50, 9000), (x.double() @ W.double().T).bfloat16())
+    dx, dW = torch.autograd.grad(y, (x, W), dy.view(5, 10, 9000))
+    assert torch.equal(dx, (dy.double() @ W.double()).float().bfloat16())
+    assert torch.equal(dW, (dy.double().T @ x.double()).bfloat16())
+    b = torch.ones(9000, dtype=torch.bfloat16)
+    assert torch.equal(model_file.linear(x, W, b), y.view(50, 9000) + b)
+    assert torch.equal(model_file.linear(x[:3], W), F.linear(x[:3], W))  # few rows go the usual way
+    frozen = W.detach()
+    dx, = torch.autograd.grad(model_file.linear(x, frozen), x, dy)
+    assert torch.equal(dx, (dy.double() @ W.double()).float().bfloat16())

@@ -96,6 +96,16 @@ def test_micro_batches_and_company_change_nothing(tokenizer):
     assert torch.equal(together[1], together[6])
 
 
+def test_rows_go_together_as_long_as_they_fit(tokenizer, monkeypatch):
+    model, shapes, real = reference(), [], type(reference()).hidden
+    monkeypatch.setattr(type(model), "hidden", lambda self, x, *a, **k: shapes.append(tuple(x.shape)) or real(self, x))
+    sq.sequence_bits(model, [([BOS] * 2, [5] * n) for n in (30, 10, 20, 9)], micro_tokens=65)
+    assert shapes == [(2, 31), (2, 11)]  # 31 + 21 and 11 + 10 with their padding; a third of 31 would be too many
+    shapes.clear()
+    sq.sequence_bits(model, [([BOS] * 2, [5] * 40)] * 2, micro_tokens=10)
+    assert shapes == [(1, 41), (1, 41)]  # and one row always goes
+
+
 def test_the_vocabulary_is_never_met_whole(tokenizer, monkeypatch):
     """No more than `chunk` rows of logits at once, and none for the template's tokens."""
     model, rows, real = reference(), [], sq._nats
@@ -212,8 +222,11 @@ def test_a_document_known_by_heart_is_no_division_by_zero(tokenizer, monkeypatch
 
 def test_what_cannot_be_measured_is_refused_with_a_sentence(tokenizer):
     assert "empty" in refusal(ValueError, squish, reference(), tokenizer, "", ["x"])
-    assert "context of 64" in refusal(ValueError, squish, reference(max_position_embeddings=64), tokenizer,
-                                      DOCUMENT * 3, ["x"])
+    first, middle = TEMPLATE.removesuffix("{document}").split("{summary}")
+    n = 1 + sum(len(encode(tokenizer, text).ids) for text in (first, SUMMARY, middle, DOCUMENT)) - 1  # bos; last unread
+    assert squish(reference(max_position_embeddings=n), tokenizer, DOCUMENT, [SUMMARY], 0.5) != [0.0]
+    assert f"context of {n - 1}" in refusal(ValueError, squish, reference(max_position_embeddings=n - 1), tokenizer,
+                                            DOCUMENT, [SUMMARY], 0.5)
     nothing = reference(bos_token_id=None, eos_token_id=None)
     assert "bos_token_id" in refusal(ValueError, information, nothing, tokenizer, DOCUMENT)
 
@@ -234,8 +247,13 @@ def test_a_document_is_cut_to_tokens_and_stays_a_beginning(text, n):
     assert text.startswith(short) and len(encode(tokenizer, short).ids) <= n
     if len(encode(tokenizer, text).ids) <= n:
         assert short == text.rstrip()
-    elif text.isascii():  # and no shorter than it must be: there is no room for another word
-        assert len(encode(tokenizer, short).ids) >= n - 1 - len(text[:len(short) + 1]) + len(short.rstrip())
+
+
+def test_a_cut_takes_as_many_tokens_as_there_may_be(tokenizer):
+    whole = encode(tokenizer, DOCUMENT)
+    for n in range(1, len(whole.ids)):
+        assert cut(tokenizer, DOCUMENT, n) == DOCUMENT[:whole.offsets[n][0]].rstrip()
+
 
 
 @few
@@ -384,3 +402,13 @@ def test_a_stop_text_changes_no_token_before_it():
             seen += bool(b.stopped[i])
     assert seen > 6
     assert "tokenizer" in refusal(ValueError, sample, model, prompts, 2, 5, stop_text="</summary>")
+
+
+def test_a_stop_token_ends_a_completion_beside_the_stop_text():
+    """It is trained, it is no content, and no text."""
+    tokenizer = byte_bpe()
+    ids = spelling(tokenizer, "Zab") + [2]
+    model = always(tiny_model("llama", vocab_size=320, tie_word_embeddings=False, eos_token_id=2), tokenizer, ids)
+    group, = sample(model, [ids[:1]], 2, 20, stop_text="</summary>", tokenizer=tokenizer)
+    assert group.tokens.tolist() == [ids[1:]] * 2 and bool(group.stopped.all()) and group.ending.tolist() == [0, 0]
+    assert group.lengths.tolist() == [len(ids) - 2] * 2 and group.texts == ["ab", "ab"]
