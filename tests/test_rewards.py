@@ -189,7 +189,7 @@ def test_tokens_and_stems_give_the_golden_unigram_numbers(unstemmed):
         ("2*length - 0.1*rouge_l", ("length", "rouge_l"), (2.0, -0.1), "2*length - 0.1*rouge_l"),
         ("1.0*length-1e-3*rouge_l", ("length", "rouge_l"), (1.0, -0.001), "length - 0.001*rouge_l"),
         ("length + 0*rouge_l", ("length", "rouge_l"), (1.0, 0.0), "length + 0*rouge_l"),
-        (".5*length - rouge_l", ("length", "rouge_l"), (0.5, -1.0), "0.5*length - rouge_l"),
+        (".25*length - rouge_l", ("length", "rouge_l"), (0.25, -1.0), "0.25*length - rouge_l"),
     ],
 )
 def test_parse_reads_names_and_weights_in_order(text, names, weights, normal):
@@ -333,6 +333,7 @@ any_text = st.text() | typeset | glued | few_words
 
 @search
 @given(any_text)
+@example("<skip-\nped>")  # a mark that only comes to be when the line is joined stays
 @example("&amp;lt;b&amp;quot;")  # a name within a name: only in the script's order is it read twice
 def test_words_are_those_of_sacrebleus_13a(text):
     assert list(words_13a(text)) == Tokenizer13a()(text.rstrip()).split()
@@ -453,9 +454,12 @@ def test_the_matching_goes_from_the_right_and_takes_the_last_place():
 
 def test_synonyms_are_looked_for_by_stem(monkeypatch):
     """nltk's peculiarity, kept: "larg" is no word, so "large" never meets "big", while "cats" meets "guy" as "cat"."""
-    monkeypatch.setattr(rewards, "synonyms", {"cat": {"guy"}, "large": {"big"}, "car": {"auto"}}.get)
+    monkeypatch.setattr(rewards, "synonyms", {"cat": {"guy", "tom"}, "large": {"big"}, "car": {"auto"}}.get)
     monkeypatch.setattr(rewards, "synonyms", lambda word, table=rewards.synonyms: frozenset(table(word, ())))
     assert rewards._align(["large", "cats", "cars"], ["big", "guy", "autos"]) == [(1, 1), (2, 2)]
+    # Of several synonyms it is the one that stands last, though it may stand first as well.
+    assert rewards._align(["cat"], ["guy", "tom"]) == [(0, 1)]
+    assert rewards._align(["cat"], ["guy", "tom", "guy"]) == [(0, 2)]
 
 
 def test_chunks_by_hand():
@@ -523,7 +527,7 @@ def test_real_posts():
 
 def test_characters_for_tokens_is_a_bug_that_can_be_seen():
     """A summary of exactly 30 tokens has some 140 characters: rewarded for 30 of them, a policy learns telegrams."""
-    summary = " ".join(["word"] * 30)
+    summary = " ".join(["wörd"] * 30)  # characters, not bytes
     _, parts = parse("length + char_length")([summary], [30], reference="", target=30)
     assert parts == {"length": [0.0], "char_length": [-(149 - 30) / 30]}
 
@@ -551,6 +555,9 @@ def test_repetition_and_templates():
     assert templated([["a b c d"], ["x a b c"]]) == 0.5  # one of each two triples
     assert templated([["a b c d", "a b c d"]]) == 0.0  # alike within one post: that is what distinct tells
     assert templated([]) == templated([[""]]) == 0.0
+    # Whatever the case, all three of them: 4 triples of three kinds; 2 pairs of one; the one triple, twice.
+    assert (repetition("A b c a B C"), distinct(["The cat", "the CAT"]), templated([["a b c"], ["A B C"]])) == (
+        0.25, 0.5, 1.0)
 
 
 @search
@@ -565,9 +572,9 @@ def test_each_ones_share_of_distinct_adds_up_to_the_groups(texts):
 
 
 def test_form():
-    good = ["The cat sat.", "“Did it?”", "3 cats sat!", "Élan (of a cat.)"]
+    good = ["The cat sat.", "“Did it?”", "3 cats sat!", "Élan (of a cat.)", '"It did."', "'So?'", "It’s ‘on.’\n"]
     bad = ["the cat sat.", "The cat sat", "The cat.\nThe dog.", "", "  ", "The cat sat,"]
-    assert [well_formed(text) for text in good + bad] == [1.0] * 4 + [0.0] * 6
+    assert [well_formed(text) for text in good + bad] == [1.0] * 7 + [0.0] * 6
 
 
 # ---------------------------------------------------------------------------------------------------- for all of them

@@ -7,6 +7,7 @@ whole one is compared where this machine has it.
 import doctest
 import random
 import zipfile
+from pathlib import Path
 
 import pytest
 from helpers import nltk_wordnet
@@ -118,7 +119,7 @@ def small(tmp_path):
     }
     lemmas = {"noun": {"dog": [0], "domestic_dog": [0], "mickey": [1], "mouse": [1], "rodent": [1], "set": [0, 1]},
               "verb": {"run": [0]}, "adj": {"good": [1], "ready": [0]}, "adv": {}}
-    irregular = {"noun": "mice mouse\n", "verb": "ran run\n", "adj": "better good well\n", "adv": ""}
+    irregular = {"noun": "mice mouse\nsets rodent\n", "verb": "ran run\n", "adj": "better good well\n", "adv": ""}
     folder = tmp_path / "small"
     folder.mkdir()
     for pos in synsets:
@@ -141,6 +142,7 @@ def test_a_small_wordnet_by_hand(small, monkeypatch):
     assert synonyms("dog") == synonyms("dogs") == {"dog"}  # "domestic_dog" is no single word
     assert synonyms("mice") == synonyms("rodent") == {"mouse", "Mickey", "rodent"}  # an exception; capitals are kept
     assert len(synonyms("ran")) == len(synonyms("runs")) == 12  # the count is hexadecimal: 0c
+    assert synonyms("sets") == synonyms("mouse")  # an exception takes the place of the rules: this is not "set"
     assert synonyms("better") == {"good"}  # of the bases good and well, the one that is there
     assert synonyms("ready") == {"ready", "set"}  # without their (p) and (a)
     assert synonyms("set") == {"dog", "mouse", "Mickey", "rodent"}  # two senses; as an adjective it is not in the index
@@ -163,6 +165,11 @@ def test_where_wordnet_is_looked_for(small, tmp_path, monkeypatch):
     monkeypatch.delenv("WNSEARCHDIR", raising=False)
     monkeypatch.setattr(module, "_places", lambda: iter([tmp_path / "nowhere", small]))
     assert find_wordnet() == small
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "index.noun").touch()  # another program's, or an installation that was broken off
+    monkeypatch.setattr(module, "_places", lambda: iter([tmp_path / "half", small]))
+    find_wordnet.cache_clear()
+    assert find_wordnet() == small
     other = tmp_path / "other"
     small.rename(other)
     find_wordnet.cache_clear()
@@ -174,6 +181,30 @@ def test_where_wordnet_is_looked_for(small, tmp_path, monkeypatch):
     find_wordnet.cache_clear()
     with pytest.raises(FileNotFoundError, match="WNSEARCHDIR=.*other has no data.verb"):
         find_wordnet()
+
+
+def test_an_empty_variable_is_no_place(monkeypatch):
+    monkeypatch.setenv("NLTK_DATA", "")  # and not the folder that one happens to be in
+    assert all(Path(str(place)).is_absolute() for place in module._places())
+
+
+@pytest.mark.parametrize("pos, inflected", [
+    ("noun", "dogs=dog buses=bus halves=half boxes=box waltzes=waltz churches=church dishes=dish firemen=fireman "
+             "ponies=pony"),
+    ("verb", "runs=run flies=fly bakes=bake passes=pass baked=bake walked=walk baking=bake walking=walk"),
+    ("adj", "taller=tall tallest=tall later=late latest=late"),
+])
+def test_each_ending_is_taken_off(pos, inflected, monkeypatch):
+    """The table of morphy(7WN), an example a line, where no other line could help: the index has just the one lemma."""
+    for form, base in (pair.split("=") for pair in inflected.split()):
+        files = {f"{kind}.{p}": b"" for kind in ("index", "data") for p in ("noun", "verb", "adj", "adv")}
+        files |= {f"{p}.exc": b"" for p in ("noun", "verb", "adj", "adv")}
+        files |= {f"index.{pos}": f"{base} {pos[0]} 1 0 1 0 0  \n".encode(),
+                  f"data.{pos}": f"00000000 00 {pos[0]} 01 {base} 0 000 |  \n".encode()}
+        monkeypatch.setattr(module, "_wordnet", lambda files=files: files)
+        module._exceptions.cache_clear()
+        synonyms.cache_clear()
+        assert synonyms(form) == {base}
 
 
 @pytest.mark.parametrize("zipped", [False, True])
