@@ -288,4 +288,5 @@ def update(model: Transformer, reference: Transformer | None, groups: Sequence, 
         optimizer.step()
         if not all(bool(p.isfinite().all()) for p in parameters):
             raise FloatingPointError("A weight is not finite after the optimizer's step")
+    optimizer.zero_grad(set_to_none=True)  # gradients are as large as the weights, and the sampler wants the room
     return metrics

@@ -143,9 +143,9 @@ def widen(x: Tensor) -> bool:
 
 
 def wide_product(x: Tensor, W: Tensor) -> Tensor:
-    """x [M, in] times the transpose of W [out, in] -> [M, out] float32."""
-    x = x.float()
-    return torch.cat([x @ w.float().T for w in W.split(4096)], -1)
+    """x [M, in] times the transpose of W [out, in] -> [M, out] float32. A slice of W, widened, stays in the cache."""
+    x = x.float().T  # [in, M]
+    return torch.cat([w.float() @ x for w in W.split(max(1, 2 ** 20 // W.shape[1]))]).T.contiguous()
 
 
 def wide_gradients(g: Tensor, x: Tensor, W: Tensor, dW: Tensor | None) -> Tensor:
@@ -172,10 +172,20 @@ class _Product(torch.autograd.Function):
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
-    """F.linear, in float32 where that is faster; for few rows it is not, because reading W is all the work."""
-    if not widen(x) or x.numel() < 32 * x.shape[-1]:
+    """F.linear(x, W, b): x [..., in], W [out, in], b [out] -> [..., out], in whatever order this machine does it best.
+
+    With few rows, reading W is the work, and BLAS reads it up to three times as fast as the left factor: W x^T instead
+    of x W^T, which is the same. Not for small matrices, which stay in the cache anyway, and not for training.
+    """
+    rows = x.numel() // x.shape[-1]
+    if widen(x) and rows > 2:
+        y = _Product.apply(x.reshape(rows, -1), W)  # [rows, out]
+    elif rows <= 256 and W.numel() > 2 ** 18 and x.dtype == torch.float32 and x.device.type == "cpu" \
+            and not torch.is_grad_enabled():
+        y = (W @ x.reshape(rows, -1).T).T.contiguous()  # [rows, out]
+    else:
         return F.linear(x, W, b)
-    y = _Product.apply(x.reshape(-1, x.shape[-1]), W).view(*x.shape[:-1], -1)
+    y = y.view(*x.shape[:-1], -1)
     return y if b is None else y + b
 
 
@@ -486,7 +496,7 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """tokens [N, T] (mask [N, T]: True where a token is real) -> logits [N, T, V]."""
-        return self.hidden(tokens, mask=mask) @ self.head.T
+        return linear(self.hidden(tokens, mask=mask), self.head)
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
         """tokens [N, T] -> final hidden states [N, T, D]; with a cache, tokens continue what it has read.

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import hub
-from model import Cache, Transformer, pad
+from model import Cache, Transformer, linear, pad
 
 TINY = Path(__file__).parent / "tiny"  # the embedded model and its posts
 
@@ -289,7 +289,7 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
     cache = Cache()
     hidden = model.hidden(padded, cache, None if equal else mask)  # [B, P, D]
     last = hidden[torch.arange(B, device=device), mask.sum(1) - 1]  # [B, D]
-    logits = (last @ model.head.T).repeat_interleave(G, 0)  # [N, V]: each prompt's head runs once
+    logits = linear(last, model.head).repeat_interleave(G, 0)  # [N, V]: each prompt's head runs once
     cache.share(G)
 
     tokens = torch.zeros(B * G, max_new_tokens, dtype=torch.long, device=device)  # [N, T]
@@ -324,7 +324,7 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
             index = (keep[:, None] * alive.shape[1] + order).flatten()
             cache.keep(keep, index)
             rows, token, alive = rows[index], token[index], alive[keep].gather(1, order)
-        logits = model.hidden(token[:, None], cache)[:, 0] @ model.head.T  # [rows, V]
+        logits = linear(model.hidden(token[:, None], cache)[:, 0], model.head)  # [rows, V]
 
     mask = torch.arange(max_new_tokens, device=device) < length[:, None]  # [N, T]
     groups = []
@@ -362,7 +362,7 @@ def draw(logits: Tensor, noise: Tensor, temperature: float, top_k: int, top_p: f
         log_p = logits.log_softmax(-1)  # [N, V]
         token = logits.argmax(-1)  # [N]
         return token, log_p.gather(-1, token[:, None]).squeeze(-1)
-    logits = logits / temperature
+    logits = logits if temperature == 1 else logits / temperature
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, -1).values[:, -1:]  # [N, 1]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -371,11 +371,12 @@ def draw(logits: Tensor, noise: Tensor, temperature: float, top_k: int, top_p: f
         p = ordered.softmax(-1)
         outside = p.cumsum(-1) - p >= top_p  # the mass before a token already suffices; the first one always stays
         logits = logits.masked_fill(outside.scatter(-1, where, outside), -torch.inf)
-    log_p = logits.log_softmax(-1)  # [N, V]
+    top = logits.amax(-1, keepdim=True)  # [N, 1]
     # float64 (noise has it, except on Apple's GPU): a float32 running sum over 150,000 words loses the rare ones
-    cdf = log_p.exp().cumsum(-1, dtype=noise.dtype)  # [N, V]
-    token = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[-1] - 1)  # [N, 1]
-    return token.squeeze(-1), log_p.gather(-1, token).squeeze(-1)
+    cdf = (logits - top).exp_().cumsum(-1, dtype=noise.dtype)  # [N, V], not divided by its last value:
+    whole = cdf[:, -1:]  # [N, 1], the softmax's denominator
+    token = torch.searchsorted(cdf, noise[:, None] * whole, right=True).clamp(max=cdf.shape[-1] - 1)  # [N, 1]
+    return token.squeeze(-1), (logits.gather(-1, token) - top - whole.log().float()).squeeze(-1)
 
 
 def _noise(prompts: Sequence[Tensor], G: int, T: int, seed: int) -> np.ndarray:
