@@ -279,9 +279,10 @@ def main(argv: list[str] | None = None) -> int:
                         help="runs, model folders, hub names, or URL#NAME")
     parser.add_argument("--budgets", default="0.1,0.2", help="sizes of a summary: shares (0.1) or numbers (200)")
     parser.add_argument("--unit", default="chars", choices=UNITS, help="what a budget counts")
-    parser.add_argument("--data", default="tiny", help="documents: tiny, a folder, or a .jsonl file")
+    parser.add_argument("--data", default="tiny", help="documents: tiny, a folder, a .jsonl file or a hub data set")
     parser.add_argument("--split", default="test", help="which file of a folder (default: test)")
     parser.add_argument("--n", type=int, default=100, help="only the first N documents")
+    parser.add_argument("--min-chars", type=int, default=0, help="leave out documents of fewer characters")
     parser.add_argument("--max-document", type=int, default=0, help="cut documents to this many tokens")
     parser.add_argument("--references", default="tiny", help="models that measure, with commas between")
     parser.add_argument("--template", default="", help="prompt of local models (default: their run's, or tagged)")
@@ -303,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
         args.tokenizer = judges[0][2]
         if any(judge[2] is None for judge in judges):
             raise ValueError("A reference model has no tokenizer.json, so it cannot read the documents.")
-        posts = load_posts(args.data, args.split)[:args.n]
+        posts = load_posts(args.data, args.split, max_posts=args.n, min_chars=args.min_chars)
         if args.max_document:
             posts = [replace(post, document=cut(args.tokenizer, post.document, args.max_document)) for post in posts]
         with_references = any(post.reference for post in posts)

@@ -549,7 +549,7 @@ def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def to_logits(h: Tensor, head: Tensor) -> Tensor:
     """States [n, D] and output matrix [V, D] -> logits [n, V], float32 (float64 stays)."""
-    return wide_product(h, head) if widen(h) else (h @ head.T).to(torch.promote_types(h.dtype, torch.float32))
+    return wide_product(h, head) if widen(h) else linear(h, head).to(torch.promote_types(h.dtype, torch.float32))
 
 
 # --- log-probabilities without the [T, V] tensor ----------------------------------------------------------------------

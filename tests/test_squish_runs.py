@@ -418,6 +418,12 @@ def test_several_references_are_averaged(cwd):
     assert two["first"]["squish"] == pytest.approx(one["first"]["squish"], abs=1e-6)
 
 
+def test_short_documents_can_be_left_out(cwd):
+    rows = {r["model"]: r for r in bench("--models", "first", "--min-chars", "400")}
+    chosen = [p.id for p in load_posts("tiny", "test") if len(p.document) >= 400][:4]
+    assert list(dict.fromkeys(s["id"] for s in rows["first"]["summaries"])) == chosen
+
+
 def test_a_baseline_of_tokens_is_cut_in_tokens():
     _, tokenizer = load(TINY)
     posts = [Post("A cat sat on a mat, and a dog sat on a log.", "A cat and a dog sat.", "1"),
