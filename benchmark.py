@@ -293,11 +293,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache", default="runs/squish.sqlite", help="what was written and measured before")
     parser.add_argument("--out", default="runs/squish", help="folder of table.md, scores.jsonl and chart.png")
     args = parser.parse_args(argv)
-    if min(args.n, args.samples, args.jobs) < 1 or args.temperature < 0:
-        parser.error("--n, --samples and --jobs must be at least 1, --temperature at least 0")
-    if args.samples > 1 and args.temperature == 0:
-        parser.error("--samples of a greedy model are all the same: give a --temperature")
     try:
+        if min(args.n, args.samples, args.jobs) < 1 or args.temperature < 0:
+            raise ValueError("--n, --samples and --jobs must be at least 1, --temperature at least 0.")
+        if args.samples > 1 and args.temperature == 0:
+            raise ValueError("--samples of a greedy model are all the same: give a --temperature.")
         config = Config(max_new_tokens=args.max_new_tokens, budgets=args.budgets, budget_unit=args.unit)
         budgets = parse_budgets(args.budgets)
         judges = [(identity(name), *load(find_model(name)[0])) for name in args.references.split(",")]

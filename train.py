@@ -200,8 +200,8 @@ def prepare(config: Config, stages: list[Stage]):
             if n > room and (not config.max_prompt or n <= config.max_prompt):
                 raise ValueError(f"Post {post.id} has a prompt of {n} tokens; with {config.max_new_tokens} "
                                  f"new ones it does not fit into the model's context of "
-                                 f"{model.config.max_position_embeddings}. Leave such posts out (--max-prompt {room}) or "
-                                 f"cut their documents (--max-document).")
+                                 f"{model.config.max_position_embeddings}. Leave such posts out (--max-prompt {room}), "
+                                 f"or cut their documents (--max-document).")
     posts, held_out = kept
     if len(posts) < config.prompts or not held_out:
         raise ValueError(f"{len(posts)} posts to train on and {len(held_out)} held out are too few for batches "
