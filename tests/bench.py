@@ -3,6 +3,7 @@
     pip install -r tests/requirements.txt
     python tests/bench.py rewards             # a minute
     python tests/bench.py squish 4 1000       # of a model of 4 layers, on a document of 1,000 tokens: some minutes
+    python tests/bench.py squish 28 2000 ours # of all 28, without the peer, which does not fit into 24 GiB
     python tests/bench.py sampling 0.5b       # 8 x 64 tokens after a prompt of 384; or small: seconds
     python tests/bench.py step small          # a whole GRPO step against trl's; 0.5b takes long
 """
@@ -148,7 +149,7 @@ def load_tokenizer(folder):
     return Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
 
 
-def squish_against_transformers(layers: int, document_tokens: int, G: int = 8) -> None:
+def squish_against_transformers(layers: int, document_tokens: int, only: str = "", G: int = 8) -> None:
     raw = QWEN3_1_7B | {"num_hidden_layers": layers}
     tokenizer, rng = byte_bpe(), random.Random(0)
     words = ["lost", "a", "shoe", "in", "the", "post", "and", "found", "other", "one", "about", "tokens"]
@@ -171,8 +172,12 @@ def squish_against_transformers(layers: int, document_tokens: int, G: int = 8) -
         print(f"{'':14} {'seconds':>8} {'peak GiB':>9} {'without weights':>16}")
         rows = {}
         for name, job in (("ours", squish_ours), ("transformers", squish_obvious)):
+            if only and name != only:
+                continue
             rows[name] = in_a_process(job, folder, document, summaries)
             print(f"{name:14} {rows[name][1]:8.1f} {rows[name][2]:9.2f} {rows[name][2] - weights:16.2f}", flush=True)
+        if only:
+            return
         (a, ours, mine), (b, theirs, peak) = rows.values()
         print(f"ratio          {ours / theirs:8.2f} {mine / peak:9.2f} {(mine - weights) / (peak - weights):16.2f}    "
               f"largest difference {max(abs(x - y) for x, y in zip(a, b)):.1e}")
@@ -355,8 +360,8 @@ def step_against_trl(shape: str, groups: int = 2, only: str = "") -> None:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["squish", layers, tokens]:
-            squish_against_transformers(int(layers), int(tokens))
+        case ["squish", layers, tokens, *only]:
+            squish_against_transformers(int(layers), int(tokens), " ".join(only))
         case ["sampling", shape]:
             sampling_against_transformers(shape)
         case ["step", shape, *only]:

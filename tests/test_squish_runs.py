@@ -157,6 +157,9 @@ def test_budgets_are_drawn_for_each_document_and_the_prompt_says_them():
     again = train.tasks_of(posts, 7, c, tokenizer)
     assert again == tasks[28:32]
     assert train.tasks_of(posts, 7, config(prompts=4, seed=1), tokenizer) != again
+    drawn = [[task.budget for step in range(9) for task in train.tasks_of(posts, step, config(prompts=4, seed=s),
+                                                                          tokenizer)] for s in (0, 1)]
+    assert drawn[0] != drawn[1]
     token_task = train.task_of(tokenizer, posts[0], config(budget_unit="tokens"), 0.5)
     assert token_task.target == int(0.5 * len(encode(tokenizer, posts[0].document).ids))
     assert "tokens, about" in tokenizer.decode(token_task.prompt)
@@ -168,6 +171,8 @@ def test_the_reference_is_the_policy_s_own_start_or_others():
     assert kl is model and judges == [(model, tokenizer)]  # LoRA: one set of weights for all three
     kl, judges = train.references(config(), model, tokenizer)
     assert kl is judges[0][0] and kl is not model and not any(p.requires_grad for p in kl.parameters())
+    kl, judges = train.references(config(beta=0.0), model, tokenizer)
+    assert kl is None and judges[0][0] is not model
     kl, judges = train.references(config(beta=0.0, references="tiny,tiny"), model, tokenizer)
     assert kl is None and len(judges) == 2 and model not in [judge for judge, _ in judges]
     kl, judges = train.references(config(stages=("length:2",)), model, tokenizer)
