@@ -219,6 +219,20 @@ def test_the_evaluation_counts_missing_and_over_budget_summaries_as_nothing():
     assert r["over@0.1"] > r["over@1.0"] and r["squish@1.0"] > 0
 
 
+def test_a_closed_tag_with_nothing_before_it_is_a_missing_summary(monkeypatch):
+    model, tokenizer = load(TINY)
+    posts = load_posts("tiny", "val")[:4]
+    texts = [" \n</summary>", "A cat.", posts[2].document[:30] + "</summary>", posts[3].document + "</summary>"]
+    monkeypatch.setattr(evaluation, "write", lambda *_, **__: [
+        SimpleNamespace(texts=[text], lengths=torch.tensor([9])) for text in texts])
+    r = evaluation.evaluate_squish(model, tokenizer, posts, evaluation.Config(budgets="0.2"), [(model, tokenizer)])
+    assert [row["missing"] for row in r["summaries"]] == [True, True, False, False]
+    assert [row["over"] for row in r["summaries"]] == [False, False, False, True]
+    assert (r["missing@0.2"], r["over@0.2"]) == (0.5, 0.25)
+    used = [30 / int(0.2 * len(posts[2].document)), len(posts[3].document) / int(0.2 * len(posts[3].document))]
+    assert r["used@0.2"] == pytest.approx(sum(used) / 2, rel=0.04)
+
+
 def refused(capsys, main, *args) -> str:
     try:
         code = main(list(args))
