@@ -804,3 +804,18 @@ def test_a_widened_product_is_exact_before_it_is_rounded(monkeypatch):
     frozen = W.detach()
     dx, = torch.autograd.grad(model_file.linear(x, frozen), x, dy)
     assert torch.equal(dx, (dy.double() @ W.double()).float().bfloat16())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 8, 256, 257])
+def test_the_order_of_the_factors_changes_nothing(rows):
+    """Large matrices and few rows take W x^T: the same numbers, in the same places, bias and leading sizes included."""
+    g = torch.Generator().manual_seed(0)
+    W, b = torch.randn(1024, 300, generator=g), torch.randn(1024, generator=g)
+    x = torch.randn(rows, 1, 300, generator=g)
+    for bias in (None, b):
+        y = model_file.linear(x, W, bias)
+        assert y.shape == (rows, 1, 1024) and y.is_contiguous()
+        torch.testing.assert_close(y, F.linear(x.double(), W.double(), None if bias is None else b.double()).float(),
+                                   rtol=0, atol=1e-4)
+    torch.testing.assert_close(model_file.linear(x[:, 0].T.contiguous().T, W), F.linear(x[:, 0], W), rtol=0, atol=1e-4)
