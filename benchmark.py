@@ -30,7 +30,8 @@ import numpy as np
 
 from eval import Config, ask, find_model, opened, parse_budgets, room_for, write
 from experiment import interval
-from model import find_folder, load, write_file
+from folder import find_folder, write_file
+from model import load
 from rollout import REQUEST, TEMPLATES, Post, fill, load_posts
 from squish import CLOSE, TEMPLATE, UNITS, allowance, cut, extract, fits, size, squish
 

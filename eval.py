@@ -17,7 +17,8 @@ from statistics import fmean, pstdev
 
 import numpy as np
 
-from model import load, read_json, write_file
+from folder import read_json, write_file
+from model import load
 from rewards import bleu, copy_rate, distinct, meteor, repetition, rouge_l, templated
 from rollout import TEMPLATES, TINY, Group, Post, choose_template, has_splits, load_posts, load_split, sample, tokenize
 from squish import CLOSE, allowance, encode, ensemble, extract, fits, size

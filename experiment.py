@@ -30,7 +30,8 @@ import numpy as np
 import torch
 
 from eval import Config, evaluate, read_lines, within
-from model import load, read_json, write_file
+from folder import read_json, write_file
+from model import load
 from rewards import own_share
 from rollout import TINY, load_posts
 from words import find_wordnet

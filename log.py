@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from eval import describe, draw_curves, evaluate, evaluate_squish, read_lines
-from model import write_file
+from folder import write_file
 from words import find_wordnet
 
 PENALTIES = {"length": "length_penalty", "repetition": "repetition_penalty"}  # rewards logged under another name
@@ -137,7 +137,7 @@ class Log:
             return f"{row['length']} tokens"
         return f"SQUISH@{row['budget']} {row['squish']:.3f}, {row['used']:.0%} of the budget"
 
-    def finish(self, seconds: float) -> None:
+    def finish(self, seconds: float, peak: float) -> None:
         """Curves, and what the run did to the first held-out posts."""
         evals, samples = read_lines(self.folder / "eval.jsonl"), read_lines(self.folder / "samples.jsonl")
         draw_curves(self.folder, self.config, [stage.end for stage in self.stages])
@@ -150,5 +150,5 @@ class Log:
         goal = "" if "squish" in last[0] else f", target {self.config.target} tokens"
         self.say(f"\nheld-out greedy summaries{goal}"
                  f"\n  before  {describe(evals[0])}\n  after   {describe(evals[-1])}"
-                 f"\nDone in {int(seconds // 60)}:{int(seconds % 60):02d}. Look at {self.folder / 'curves.png'}; the "
-                 f"model is in {self.folder / 'model'}.")
+                 f"\nDone in {int(seconds // 60)}:{int(seconds % 60):02d}, with at most {peak:.1f} GiB of "
+                 f"memory. Look at {self.folder / 'curves.png'}; the model is in {self.folder / 'model'}.")

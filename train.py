@@ -25,12 +25,14 @@ import numpy as np
 import torch
 
 import grpo
+import memory
 import rewards
 from adamw import AdamW
 from eval import ask, content_lengths, opened, parse_budgets, room_for, within
+from folder import read_json, write_file
 from grpo import flag
 from log import PENALTIES, Log
-from model import add_lora, load, merge_lora, read_json, save, save_adapters, write_file
+from model import add_lora, load, merge_lora, save, save_adapters
 from rollout import TINY, Post, choose_template, load_split, sample, tokenize
 from squish import CLOSE, UNITS, cost, cut, ensemble, extract, fits, penalise
 
@@ -116,8 +118,11 @@ def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:
     """The algorithm box of the paper: sample groups, score them, update, and say what happened."""
     begun = time.time()
     stages = parse_stages(config.stages)
-    model, tokenizer, posts, held_out = prepare(config, stages)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    free = memory.limit(device)
+    model, tokenizer, posts, held_out, longest = prepare(config, stages)
     reference, judges = references(config, model, tokenizer)
+    memory.rehearse(model, reference, longest, config, free)
     optimizer = make_optimizer(config, model)
     step = load_checkpoint(folder, model, optimizer) if resume else 0
     log = Log(folder, config, stages, step)
@@ -162,11 +167,12 @@ def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:
     save(model, tokenizer, folder / "model")
     if config.lora:
         save_adapters(model, folder / "adapter", str(config.model))
-    log.finish(time.time() - begun)
+    log.finish(time.time() - begun, memory.peak(device))
 
 
 def prepare(config: Config, stages: list[Stage]):
-    """Model, tokenizer, posts to train on and held-out posts; what cannot work is refused here, before any step."""
+    """Model, tokenizer, posts to train on, held-out posts, and the prompts of the largest batch that may come; what
+    cannot work is refused here, before any step."""
     model, tokenizer = load(TINY if config.model == "tiny" else config.model, config.device or None,
                             weight_type(config))
     if tokenizer is None:
@@ -193,16 +199,18 @@ def prepare(config: Config, stages: list[Stage]):
                          f"{model.config.max_position_embeddings}: lower --target, --budgets or --max-new-tokens.")
     kept = []
     for posts in splits:
-        longest = [max(len(task_of(tokenizer, post, config, budget).prompt) for budget in budgets or [0])
+        prompts = [max((task_of(tokenizer, post, config, budget).prompt for budget in budgets or [0]), key=len)
                    for post in posts]
-        kept.append([post for post, n in zip(posts, longest) if not config.max_prompt or n <= config.max_prompt])
-        for post, n in zip(posts, longest):
+        kept.append([(post, prompt) for post, prompt in zip(posts, prompts)
+                     if not config.max_prompt or len(prompt) <= config.max_prompt])
+        for post, n in zip(posts, map(len, prompts)):
             if n > room and (not config.max_prompt or n <= config.max_prompt):
                 raise ValueError(f"Post {post.id} has a prompt of {n} tokens; with {config.max_new_tokens} "
                                  f"new ones it does not fit into the model's context of "
                                  f"{model.config.max_position_embeddings}. Leave such posts out (--max-prompt {room}), "
                                  f"or cut their documents (--max-document).")
-    posts, held_out = kept
+    longest = sorted((prompt for _, prompt in kept[0]), key=len)[-config.prompts:]
+    posts, held_out = ([post for post, _ in pairs] for pairs in kept)
     if len(posts) < config.prompts or not held_out:
         raise ValueError(f"{len(posts)} posts to train on and {len(held_out)} held out are too few for batches "
                          f"of {config.prompts}: give more posts, lower --prompts or raise --max-prompt.")
@@ -210,7 +218,7 @@ def prepare(config: Config, stages: list[Stage]):
     if compared and not any(post.reference for post in posts):
         raise ValueError(f"{config.data} has no summaries for {', '.join(compared)} to compare with: call their field "
                          f"'summary', or train with --stages length:N or squish:N.")
-    return model, tokenizer, posts, held_out[:config.eval_posts]
+    return model, tokenizer, posts, held_out[:config.eval_posts], longest
 
 
 def weight_type(config: Config) -> torch.dtype:
@@ -486,13 +494,14 @@ def main(argv: list[str] | None = None) -> int:
         config, folder = open_run(config, resume, given)
         with Stop() as stop:
             train(config, folder, resume, stop)
-    except (ValueError, OSError, FloatingPointError) as e:
+    except (ValueError, OSError, FloatingPointError, memory.Full) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 1
-    except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and "not enough memory" not in str(e):
+    except (RuntimeError, MemoryError) as e:
+        if not memory.is_full(e):
             raise
-        print("train.py: Out of memory. Lower --micro-tokens or --prompts, or add --checkpointing.", file=sys.stderr)
+        print("train.py: Out of memory. Lower --micro-tokens or --prompts, add --checkpointing or --lean, or take a "
+              "smaller model; what was saved is good, and --resume goes on from it.", file=sys.stderr)
         return 1
     return 0
 

@@ -5,7 +5,9 @@
     python tests/bench.py squish 4 1000       # of a model of 4 layers, on a document of 1,000 tokens: some minutes
     python tests/bench.py squish 28 2000 ours # of all 28, without the peer, which does not fit into 24 GiB
     python tests/bench.py sampling 0.5b       # 8 x 64 tokens after a prompt of 384; or small: seconds
-    python tests/bench.py step small          # a whole GRPO step against trl's; 0.5b takes long
+    python tests/bench.py step small          # a whole GRPO step against trl's; of 0.5b some rows are enough:
+    python tests/bench.py step 0.5b "ours, float32" "trl, float32:1"
+    python tests/bench.py scaling small       # time and memory against G, prompt and completion
 """
 
 import json
@@ -18,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +32,7 @@ from rouge_score.rouge_scorer import RougeScorer  # noqa: E402
 from sacrebleu.metrics import BLEU  # noqa: E402
 
 import squish as sq  # noqa: E402
-from model import Transformer, load, read_config, save  # noqa: E402
+from model import Transformer, add_lora, load, read_config, save  # noqa: E402
 from rewards import bleu, meteor, rouge_l, words_13a  # noqa: E402
 from rollout import TINY  # noqa: E402
 from words import find_wordnet  # noqa: E402
@@ -279,21 +282,28 @@ def sampling_against_transformers(shape: str) -> None:
         print(f"transformers takes {rows['transformers'] / rows['ours']:.1f} times as long")
 
 
-def step_ours(folder, groups, lean, checkpointing):
+def step_ours(folder, groups, how, steps):
     import copy
 
     import grpo
     from adamw import AdamW
     from rollout import sample
-    model, tokenizer = load(folder, dtype=torch.bfloat16 if lean else torch.float32)
-    model.checkpointing = checkpointing
-    reference = copy.deepcopy(model).requires_grad_(False)
-    optimizer = AdamW(model.parameters(), 1e-6) if lean else torch.optim.AdamW(model.parameters(), 1e-6, fused=True)
+    model, tokenizer = load(folder, dtype=torch.bfloat16 if "lean" in how else torch.float32)
+    model.checkpointing = "checkpointing" in how
+    if "LoRA" in how:
+        add_lora(model, 16, 32.0)
+    reference = model if "LoRA" in how else copy.deepcopy(model).requires_grad_(False)
+    if "compile" in how:
+        for layer in (*model.layers, *(reference.layers if reference is not model else ())):
+            layer.compile(dynamic=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    lean = "lean" in how and "LoRA" not in how
+    optimizer = AdamW(trained, 1e-6) if lean else torch.optim.AdamW(trained, 1e-6, fused=True)
     config = grpo.Config(beta=0.05)
 
     def call():
         times = []
-        for i in range(STEPS):
+        for i in range(steps):
             begun = time.perf_counter()
             batch = sample(model, prompt_ids(groups), 8, NEW, stop_ids=[], seed=i, tokenizer=tokenizer)
             sampled = time.perf_counter()
@@ -301,12 +311,12 @@ def step_ours(folder, groups, lean, checkpointing):
                 group.rewards = torch.arange(8.0)
             grpo.update(model, reference, batch, optimizer, config)
             times.append((time.perf_counter() - begun, sampled - begun))
-        return times
+        return times[1:] if "compile" in how else times
 
     return call
 
 
-def step_trl(folder, groups, lean, checkpointing):
+def step_trl(folder, groups, how, steps):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -319,15 +329,15 @@ def step_trl(folder, groups, lean, checkpointing):
             marks.append(time.perf_counter())
 
     trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if lean else torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         reward_funcs=lambda completions, **_: [float(i % 8) for i in range(len(completions))],
-        train_dataset=Dataset.from_dict({"prompt": prompts * (STEPS + 1)}), processing_class=tokenizer,
+        train_dataset=Dataset.from_dict({"prompt": prompts * (steps + 1)}), processing_class=tokenizer,
         callbacks=[Clock()],
         args=GRPOConfig(output_dir=folder + "/trl", per_device_train_batch_size=8 * groups, num_generations=8,
-                        max_completion_length=NEW, max_steps=STEPS, beta=0.05, learning_rate=1e-6, temperature=1.0,
-                        loss_type="grpo", gradient_checkpointing=checkpointing, use_cpu=True, report_to=[], bf16=False,
-                        generation_kwargs={"min_new_tokens": NEW}, save_strategy="no", logging_strategy="no",
-                        disable_tqdm=True, optim="adamw_torch_fused"))
+                        max_completion_length=NEW, max_steps=steps, beta=0.05, learning_rate=1e-6, temperature=1.0,
+                        loss_type="grpo", gradient_checkpointing="checkpointing" in how, use_cpu=True,
+                        report_to=[], bf16=False, generation_kwargs={"min_new_tokens": NEW}, save_strategy="no",
+                        logging_strategy="no", disable_tqdm=True, optim="adamw_torch_fused"))
 
     def call():
         begun = time.perf_counter()
@@ -337,25 +347,64 @@ def step_trl(folder, groups, lean, checkpointing):
     return call
 
 
-def step_against_trl(shape: str, groups: int = 2, only: str = "") -> None:
+STEP_ROWS = ("ours, float32", "ours, float32, checkpointing", "ours, float32, compile", "ours, lean",
+             "ours, lean, checkpointing", "ours, LoRA, float32", "ours, LoRA, lean", "trl, float32",
+             "trl, float32, checkpointing")
+
+
+def step_against_trl(shape: str, only: Sequence[str] = (), groups: int = 2) -> None:
+    """`only`: which of STEP_ROWS, "ours, lean:1" for one step instead of STEPS."""
     with tempfile.TemporaryDirectory() as folder:
         weights = write_model(folder, shape)
         print(f"one GRPO step of {groups} prompts x 8 completions, {PROMPT} + {NEW} tokens, {shape} shape "
-              f"({weights:.2f} GiB in float32), reference and KL on; median of {STEPS} steps")
-        print(f"{'':40} {'seconds':>8} {'sampling':>9} {'peak GiB':>9}")
+              f"({weights:.2f} GiB in float32), reference and KL on; median of {STEPS} steps or as many as it says")
+        print(f"{'':32} {'seconds':>8} {'sampling':>9} {'peak GiB':>9}")
         rows = {}
-        for name, job, lean, checkpointing in (
-                ("ours, float32", step_ours, False, False), ("ours, float32, checkpointing", step_ours, False, True),
-                ("ours, lean", step_ours, True, False), ("ours, lean, checkpointing", step_ours, True, True),
-                ("trl, float32", step_trl, False, False), ("trl, float32, checkpointing", step_trl, False, True)):
-            if only and only not in name:
-                continue
-            times, _, peak = in_a_process(job, folder, groups, lean, checkpointing)
+        for row in only or STEP_ROWS:
+            name, _, steps = row.partition(":")
+            job = step_trl if name.startswith("trl") else step_ours
+            times, _, peak = in_a_process(job, folder, groups, name, int(steps or STEPS))
             rows[name] = statistics.median(t for t, _ in times)
-            print(f"{name:40} {rows[name]:8.2f} {statistics.median(s for _, s in times):9.2f} {peak:9.2f}", flush=True)
+            print(f"{row:32} {rows[name]:8.2f} {statistics.median(s for _, s in times):9.2f} {peak:9.2f}", flush=True)
         ours, trl = ([t for n, t in rows.items() if n.startswith(who)] for who in ("ours", "trl"))
         if ours and trl:
             print(f"trl's fastest takes {min(trl) / min(ours):.1f} times as long as our fastest")
+
+
+def one_step(folder, G, P, T):
+    from grpo import group_logprobs
+    from rollout import sample
+    model, _ = load(folder)
+    rng = random.Random(0)
+    prompt = [rng.randrange(20, 250) for _ in range(P)]
+
+    def call():
+        best = [math.inf, math.inf]
+        for _ in range(3):
+            begun = time.perf_counter()
+            group, = sample(model, [prompt], G, T, stop_ids=[])
+            sampled = time.perf_counter()
+            group_logprobs(model, [group.prompt], group.tokens[None], group.mask[None])[0].sum().backward()
+            model.zero_grad(set_to_none=True)
+            best = [min(best[0], sampled - begun), min(best[1], time.perf_counter() - sampled)]
+        return best
+
+    return call
+
+
+def scaling(shape: str) -> None:
+    """What a group costs as it grows in one direction: the others stay at G 8, prompt 256, completion 64."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(folder, shape)
+        print(f"scaling, {shape} shape, float32, one prompt: best of three. Tokens learnt from are P + G T; "
+              f"tokens sampled G T.")
+        print(f"{'G':>4} {'prompt':>7} {'new':>5} {'sampling s':>11} {'us a token':>11} {'learning s':>11} "
+              f"{'us a token':>11} {'peak GiB':>9}")
+        for G, P, T in (*((G, 256, 64) for G in (1, 2, 4, 8, 16, 32, 64)), *((8, P, 64) for P in (64, 128, 512, 1024,
+                        2048)), *((8, 256, T) for T in (16, 32, 128, 256, 512))):
+            (sampling, learning), _, peak = in_a_process(one_step, folder, G, P, T)
+            print(f"{G:4} {P:7} {T:5} {sampling:11.3f} {1e6 * sampling / G / T:11.0f} {learning:11.3f} "
+                  f"{1e6 * learning / (P + G * T):11.0f} {peak:9.2f}", flush=True)
 
 
 if __name__ == "__main__":
@@ -365,6 +414,8 @@ if __name__ == "__main__":
         case ["sampling", shape]:
             sampling_against_transformers(shape)
         case ["step", shape, *only]:
-            step_against_trl(shape, only=" ".join(only))
+            step_against_trl(shape, only)
+        case ["scaling", shape]:
+            scaling(shape)
         case _:
             rewards_against_libraries()

@@ -22,7 +22,8 @@ from huggingface_hub import constants
 import hub
 import rollout
 import train
-from model import find_folder, load
+from folder import find_folder
+from model import load
 from rollout import TINY, Post, load_posts, load_split
 from tests.helpers import disk_full_after, refusal
 from tests.loopback import Hub

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import model as model_file
+import layers
 from model import Cache, Transformer, load, pad, read_config, save, token_logprobs
 from tests.helpers import (
     assert_same,
@@ -763,7 +763,7 @@ def test_a_hub_name_that_can_be_had_is_its_local_copy(whole, monkeypatch):
 
 def bf16_losses(monkeypatch, slow, family="qwen2"):
     """Log-probabilities of a bfloat16 model on 40 tokens, and all its gradients."""
-    monkeypatch.setattr(model_file, "NARROW_IS_SLOW", slow)
+    monkeypatch.setattr(layers, "NARROW_IS_SLOW", slow)
     model, x = tiny_model(family, dtype=torch.bfloat16, vocab_size=5000), tokens(2, 40, vocab=5000)
     logp, _ = token_logprobs(model, model.hidden(x[:, :-1]), x[:, 1:], chunk=50)
     return logp.detach(), gradients(model, logp.sum())
@@ -788,21 +788,21 @@ def test_products_of_bfloat16_made_in_float32_are_as_good(family, monkeypatch):
 
 def test_a_widened_product_is_exact_before_it_is_rounded(monkeypatch):
     """Small whole numbers: their products and sums are exact in float32, and only the last rounding is left."""
-    monkeypatch.setattr(model_file, "NARROW_IS_SLOW", True)
+    monkeypatch.setattr(layers, "NARROW_IS_SLOW", True)
     g = torch.Generator().manual_seed(0)
     x, W, dy = (torch.randint(-8, 9, shape, generator=g).to(torch.bfloat16)
                 for shape in ((50, 16), (9000, 16), (50, 9000)))
     x.requires_grad_(), W.requires_grad_()
-    y = model_file.linear(x.view(5, 10, 16), W)
+    y = layers.linear(x.view(5, 10, 16), W)
     assert torch.equal(y.view(50, 9000), (x.double() @ W.double().T).bfloat16())
     dx, dW = torch.autograd.grad(y, (x, W), dy.view(5, 10, 9000))
     assert torch.equal(dx, (dy.double() @ W.double()).float().bfloat16())
     assert torch.equal(dW, (dy.double().T @ x.double()).bfloat16())
     b = torch.ones(9000, dtype=torch.bfloat16)
-    assert torch.equal(model_file.linear(x, W, b), y.view(50, 9000) + b)
-    assert torch.equal(model_file.linear(x[:3], W), F.linear(x[:3], W))  # few rows go the usual way
+    assert torch.equal(layers.linear(x, W, b), y.view(50, 9000) + b)
+    assert torch.equal(layers.linear(x[:3], W), F.linear(x[:3], W))  # few rows go the usual way
     frozen = W.detach()
-    dx, = torch.autograd.grad(model_file.linear(x, frozen), x, dy)
+    dx, = torch.autograd.grad(layers.linear(x, frozen), x, dy)
     assert torch.equal(dx, (dy.double() @ W.double()).float().bfloat16())
 
 
@@ -814,8 +814,8 @@ def test_the_order_of_the_factors_changes_nothing(rows):
     W, b = torch.randn(1024, 300, generator=g), torch.randn(1024, generator=g)
     x = torch.randn(rows, 1, 300, generator=g)
     for bias in (None, b):
-        y = model_file.linear(x, W, bias)
+        y = layers.linear(x, W, bias)
         assert y.shape == (rows, 1, 1024) and y.is_contiguous()
         torch.testing.assert_close(y, F.linear(x.double(), W.double(), None if bias is None else b.double()).float(),
                                    rtol=0, atol=1e-4)
-    torch.testing.assert_close(model_file.linear(x[:, 0].T.contiguous().T, W), F.linear(x[:, 0], W), rtol=0, atol=1e-4)
+    torch.testing.assert_close(layers.linear(x[:, 0].T.contiguous().T, W), F.linear(x[:, 0], W), rtol=0, atol=1e-4)

@@ -19,7 +19,8 @@ import benchmark
 import eval as evaluation
 import rewards
 import train
-from model import Linear, load, load_adapters
+from layers import Linear
+from model import load, load_adapters
 from rollout import TINY, Post, load_posts, sample
 from squish import CLOSE, cost, encode, extract, squish
 
@@ -267,7 +268,7 @@ def test_documents_are_cut_before_anybody_sees_them(cwd):
     (cwd / "long.jsonl").write_text("".join(json.dumps({"text": f"{i}. a long story " * 200, "id": i}) + "\n"
                                             for i in range(20)))
     c = config(data="long.jsonl", max_document=50)
-    model, tokenizer, posts, held_out = train.prepare(c, train.parse_stages(c.stages))
+    model, tokenizer, posts, held_out, _ = train.prepare(c, train.parse_stages(c.stages))
     for post in posts + held_out:
         assert 45 <= len(encode(tokenizer, post.document).ids) <= 50 and not post.reference
     task = train.task_of(tokenizer, posts[0], c, 0.4)

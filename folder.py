@@ -1,0 +1,199 @@
+"""A Hugging Face folder: what its config says, where it comes from, and how files are written whole or not at all."""
+
+import errno
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+FAMILIES = ("qwen2", "qwen3", "llama", "lfm2")
+# Files beside the weights that say how to tokenise, chat and stop: kept in memory by `load`, written again by `save`.
+SIDECARS = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json", "special_tokens_map.json",
+            "added_tokens.json", "vocab.json", "merges.txt")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The numbers of `config.json` that change the computation, with one spelling for each."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    layer_types: tuple[str, ...]  # "full_attention" or "conv", one a layer
+    conv_L_cache: int  # width of LFM2's convolution, as transformers calls it
+    conv_bias: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+
+def read_config(raw: dict, where: str, generation: dict | None = None) -> Config:
+    """`config.json` as a dict (and `generation_config.json`, which may name further stop tokens) -> Config.
+
+    A family or feature that this file does not compute is refused here: a model that loads but computes something
+    slightly different would train, and teach nothing.
+    """
+    def size(key, default=None):
+        n = default if raw.get(key) is None else raw[key]
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"{where}: '{key}' should be a whole number above 0, not {n!r}. Is it the config of a "
+                             f"causal language model?")
+        return n
+
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"{where} says model_type '{family}': crisp knows {', '.join(FAMILIES)}.")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # new spelling, old spelling
+    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    lfm2 = family == "lfm2"
+    theta = rope.get("rope_theta") or raw.get("rope_theta") or (1e6 if lfm2 else 1e4)
+    heads, D, n_layers = size("num_attention_heads"), size("hidden_size"), size("num_hidden_layers")
+    kv_heads, head_dim = size("num_key_value_heads", heads), size("head_dim", D // heads)
+    eos = [(source or {}).get("eos_token_id") for source in (raw, generation)]
+    eos = [i for ids in eos if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
+    kinds, attends = raw.get("layer_types"), raw.get("full_attn_idxs") if lfm2 else None
+    if kinds is None and isinstance(attends, list | None):  # the older LFM2 configs list only which layers attend
+        kinds = ["full_attention" if attends is None or i in attends else "conv" for i in range(n_layers)]
+    factor = raw.get("block_ffn_dim_multiplier", 1.0)
+    known = isinstance(kinds, list) and all(k == "full_attention" or lfm2 and k == "conv" for k in kinds)
+    for refused, says in ((rope_type != "default", f"rope type '{rope_type}'"),
+                          (not isinstance(theta, int | float), f"a rope_theta of {theta!r}"),
+                          (raw.get("use_sliding_window"), "sliding-window attention"),
+                          (raw.get("hidden_act", "silu") != "silu", f"activation '{raw.get('hidden_act')}'"),
+                          (heads % kv_heads, f"{heads} query heads on {kv_heads} key/value heads"),
+                          (head_dim % 2, f"rotary embedding of an odd head_dim, {head_dim}"),
+                          (not isinstance(factor, int | float), f"a block_ffn_dim_multiplier of {factor!r}"),
+                          (not known, f"layer_types or full_attn_idxs {str(kinds or attends)[:80]}"),
+                          (known and len(kinds) != n_layers, f"{n_layers} layers, but has other layer_types"),
+                          (not all(isinstance(i, int) for i in eos), f"the stop tokens {eos}")):
+        if refused:
+            raise ValueError(f"{where} asks for {says}, which crisp does not compute.")
+    bias = not lfm2 and bool(raw.get("attention_bias", False))
+    return Config(
+        model_type=family, vocab_size=size("vocab_size"), hidden_size=D,
+        intermediate_size=lfm2_width(raw, size) if lfm2 else size("intermediate_size"),
+        num_hidden_layers=n_layers, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
+        rms_norm_eps=raw.get("norm_eps", 1e-5) if lfm2 else raw.get("rms_norm_eps", 1e-6), rope_theta=float(theta),
+        max_position_embeddings=size("max_position_embeddings", 2048),
+        tie_word_embeddings=bool(raw.get("tie_embedding", raw.get("tie_word_embeddings", lfm2))),
+        qkv_bias=family == "qwen2" or bias, o_bias=family != "qwen2" and bias,
+        mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)), qk_norm=family in ("qwen3", "lfm2"),
+        layer_types=tuple(kinds), conv_L_cache=size("conv_L_cache", 3), conv_bias=bool(raw.get("conv_bias", False)),
+        bos_token_id=raw.get("bos_token_id"), eos_token_ids=tuple(dict.fromkeys(eos)))
+
+
+def lfm2_width(raw: dict, size: Callable[..., int]) -> int:
+    """The feed-forward width of LFM2. Its configured one is meant for two matrices; three of 2/3 of it weigh the same:
+    6656 -> 4437 -> 4608, the next multiple of 256."""
+    width = size("intermediate_size" if raw.get("block_ff_dim") is None else "block_ff_dim")  # new spelling, old one
+    if raw.get("block_auto_adjust_ff_dim", True):
+        width = int(2 * width / 3)
+        step = size("block_multiple_of", 256)
+        width = -(-int(raw.get("block_ffn_dim_multiplier", 1.0) * width) // step) * step
+    return width
+
+
+def find_folder(name_or_path: str | Path) -> Path:
+    """The folder itself, or the local copy of a hub repository `owner/name`."""
+    path = Path(name_or_path).expanduser()
+    if (path / "checkpoint").is_dir() and (path / "model").is_dir():
+        return path / "model"  # a run of train.py
+    if path.is_dir():
+        return path
+    name = str(name_or_path)
+    if path.exists():
+        raise ValueError(f"{name} is a file: give the folder that holds config.json and model.safetensors.")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"There is no folder {name}: give a Hugging Face folder, or a hub name 'owner/name'.")
+    return download(name)
+
+
+def download(name: str) -> Path:
+    """The local copy of a hub repository: what is not here yet is fetched, a dropped connection is resumed.
+
+    Only what `load` reads: a repository may hold the same weights in five formats. A busy hub is asked again.
+    """
+    from huggingface_hub import snapshot_download  # comes with tokenizers; slow to import, needed for names only
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    files = ["config.json", "tokenizer.json", *SIDECARS, "model.safetensors", "model.safetensors.index.json",
+             "model-*.safetensors"]
+    for wait in (1, 4, 16, None):  # seconds
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=files))
+            break
+        except GatedRepoError as e:
+            raise OSError(f"{name} is gated: accept its terms at https://huggingface.co/{name}, then log in with "
+                          f"'hf auth login' or set HF_TOKEN.") from e
+        except RepositoryNotFoundError as e:
+            raise OSError(f"There is no folder {name}, and the hub shows you no model of that name: check the "
+                          f"spelling; if it is private, log in with 'hf auth login' or set HF_TOKEN.") from e
+        except Exception as e:  # offline, a full disk, a broken answer: many types, as versions go
+            status = getattr(getattr(e.__cause__ or e, "response", None), "status_code", None)
+            if wait and status in (429, 500, 502, 503, 504):
+                print(f"{name}: the hub answers {status}; trying again in {wait} s.", file=sys.stderr, flush=True)
+                time.sleep(wait)
+                continue
+            if errno.errorcode.get(getattr(e, "errno", None)) in ("ENOSPC", "EDQUOT", "EFBIG"):
+                raise OSError(f"There is no room for {name} ({e.strerror}): free some space, or set HF_HOME to a "
+                              f"folder on a larger disk. The files that are whole are kept.") from e
+            why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            raise OSError(f"There is no folder {name}, and the hub did not give a model of that name ({why}). "
+                          f"Check the spelling and the connection, or pass a local folder.") from e
+    if not list(folder.glob("*.safetensors")):
+        raise OSError(f"{name} has no model.safetensors on the hub: take a model that has, or convert it with "
+                      f"transformers and pass that folder.")
+    return folder
+
+
+def read_json(path: Path) -> dict:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: a model folder needs config.json and *.safetensors.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not valid JSON ({e}): copy or download it again.") from e
+    if not isinstance(value, dict):  # a broken file, not a wrong type in the program
+        raise ValueError(f"{path} holds a {type(value).__name__} where an object was expected.")
+    return value
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    write_files({path: write})
+
+
+def write_files(files: dict[Path, Callable[[Path], object]]) -> None:
+    """Each `write(part)` beside its path, then all renamed: a full disk or a kill while writing leaves the old ones."""
+    parts = {path: path.with_name(path.name + ".part") for path in files}
+    try:
+        for path, part in parts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files[path](part)
+            with open(part, "rb+") as f:
+                os.fsync(f.fileno())  # or a power cut could leave a renamed, empty file
+            part.chmod(0o644)  # safetensors lets nobody else read what it writes
+        for path, part in parts.items():
+            os.replace(part, path)
+    except (OSError, RuntimeError, SafetensorError) as e:  # torch.save says RuntimeError when the disk is full
+        for part in parts.values():
+            if part.exists():
+                part.unlink()
+        raise OSError(f"Could not write {path} ({(str(e) or type(e).__name__).splitlines()[0]}): what was saved before "
+                      f"is untouched. Free some space and try again.") from e

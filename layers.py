@@ -1,0 +1,297 @@
+"""The pieces of a transformer: products, norms, rotary positions, attention, convolution, feed-forward, and one layer.
+
+Shapes: N rows (= B prompts x G completions, or just rows), T tokens of this call, S tokens a row has read since its
+prompt, P prompt tokens, D hidden size, H query heads, K key/value heads, R = H / K queries that share one key, hd head
+size, L width of the convolution.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from folder import Config
+
+# A CPU without bfloat16 units (most laptops) multiplies bfloat16 at a tenth of float32's speed: there every large
+# product is made in float32, from weights that are widened a slice at a time.
+NARROW_IS_SLOW = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def widen(x: Tensor) -> bool:
+    """Whether products with x are worth making in float32."""
+    return NARROW_IS_SLOW and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+
+
+def wide_product(x: Tensor, W: Tensor) -> Tensor:
+    """x [M, in] times the transpose of W [out, in] -> [M, out] float32. A slice of W, widened, stays in the cache."""
+    x = x.float().T  # [in, M]
+    return torch.cat([w.float() @ x for w in W.split(max(1, 2 ** 20 // W.shape[1]))]).T.contiguous()
+
+
+def wide_gradients(g: Tensor, x: Tensor, W: Tensor, dW: Tensor | None) -> Tensor:
+    """Gradient g [M, out] float32 of x W^T -> that of x [M, in]; that of W is added to dW, where there is one."""
+    dx, x = torch.zeros_like(x, dtype=torch.float32), x.float()
+    for i, (at, w) in enumerate(zip(g.split(4096, -1), W.split(4096))):
+        dx.addmm_(at, w.float())
+        if dW is not None:
+            dW[4096 * i:4096 * (i + 1)] += at.T @ x
+    return dx.to(W.dtype)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, W):
+        ctx.save_for_backward(x, W)
+        return wide_product(x, W).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, W = ctx.saved_tensors
+        dW = torch.zeros_like(W) if ctx.needs_input_grad[1] else None
+        return wide_gradients(g.float(), x, W, dW), dW
+
+
+def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+    """F.linear(x, W, b): x [..., in], W [out, in], b [out] -> [..., out], in whatever order this machine does it best.
+
+    With few rows, reading W is the work, and BLAS reads it up to three times as fast as the left factor: W x^T instead
+    of x W^T, which is the same. Not for small matrices, which stay in the cache anyway, and not for training.
+    """
+    rows = x.numel() // x.shape[-1]
+    if widen(x) and rows > 2:
+        y = _Product.apply(x.reshape(rows, -1), W)  # [rows, out]
+    elif rows <= 256 and W.numel() > 2 ** 18 and x.dtype == torch.float32 and x.device.type == "cpu" \
+            and not torch.is_grad_enabled():
+        y = (W @ x.reshape(rows, -1).T).T.contiguous()  # [rows, out]
+    else:
+        return F.linear(x, W, b)
+    y = y.view(*x.shape[:-1], -1)
+    return y if b is None else y + b
+
+
+class Linear(nn.Linear):
+    """y = W x + b, and with an adapter (`add_lora`) y = W x + b + alpha/rank B A x."""
+
+    def __init__(self, size_in: int, size_out: int, bias: bool):
+        super().__init__(size_in, size_out, bias)
+        self.register_parameter("lora_A", None)  # [rank, in] once there is an adapter
+        self.register_parameter("lora_B", None)  # [out, rank]
+        self.scale, self.on = 0.0, True  # alpha / rank; whether the adapter is used
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = linear(x, self.weight, self.bias)  # [..., out]
+        if self.lora_A is None or not self.on:
+            return y
+        # In the adapter's own precision: it is float32 over bf16 weights, or small updates would be rounded away.
+        down = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # [..., rank]
+        return y + (F.linear(down, self.lora_B) * self.scale).to(y.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019). In float32: bf16 squares lose the small features."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))  # [size]
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x if x.dtype == torch.float64 else x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+
+def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Angles of rotary position embedding (Su et al. 2021), cos and sin [N, T, 1, hd] for positions [N, T].
+
+    Feature pair (i, i + hd/2) of a head turns by position * theta^(-2i/hd). Angles are float32 (float64 for float64
+    models): in bf16 position 1000 and 1001 would be one position.
+    """
+    exact = torch.promote_types(dtype, torch.float32)
+    power = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim  # [hd/2]
+    angle = positions[..., None].to(exact) / (theta ** power).to(exact)  # [N, T, hd/2]
+    angle = torch.cat([angle, angle], -1)[:, :, None]  # [N, T, 1, hd]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn every head of x [N, T, heads, hd] by its position's angles, in the rotate-half layout of Hugging Face."""
+    cos, sin = rope  # [N, T, 1, hd] each
+    low, high = x.chunk(2, -1)  # [N, T, heads, hd/2] each
+    return x * cos + torch.cat([-high, low], -1) * sin
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, shared=None) -> Tensor:
+    """softmax(q k^T / sqrt(hd)) v over a row's own tokens and, where there is one, its group's shared prompt.
+
+    q [N, H, T, hd]; k, v [N, K, S, hd]; allowed [N or 1, 1, T, S] bool, None when every key may be seen;
+    shared = (k [B, K, P, hd], v, mask [B, P] or None). Returns [N, H, T, hd].
+
+    The G rows of a group ask the same prompt keys, so their queries are laid side by side and meet one copy of them:
+    [G*R*T, hd] x [hd, P] is one large product, where G copies of the keys would be G small ones and G times the memory.
+    Both kinds of scores then share one softmax, which makes this equal to plain attention over prompt + own tokens.
+    """
+    if widen(q):
+        shared = shared and (shared[0].float(), shared[1].float(), shared[2])
+        return attend(q.float(), k.float(), v.float(), allowed, shared).to(q.dtype)
+    if shared is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=q.shape[1] != k.shape[1])
+    (N, H, T, hd), (_, K, S, _), (pk, pv, pmask) = q.shape, k.shape, shared
+    B, P = pk.shape[0], pk.shape[2]
+    G, R = N // B, H // K
+    q = q.view(N, K, R * T, hd) * hd ** -0.5
+    own = q @ k.transpose(-1, -2)  # [N, K, R*T, S]
+    if allowed is not None:
+        own = own.view(N, K, R, T, S).masked_fill(~allowed[:, :, None], -torch.inf)
+    own = own.reshape(B, G, K, R * T, S).transpose(1, 2)  # [B, K, G, R*T, S]
+    grouped = q.view(B, G, K, R * T, hd).transpose(1, 2).reshape(B, K, G * R * T, hd)
+    prompt = grouped @ pk.transpose(-1, -2)  # [B, K, G*R*T, P]
+    if pmask is not None:
+        prompt = prompt.masked_fill(~pmask[:, None, None], -torch.inf)
+    scores = torch.cat([prompt.view(B, K, G, R * T, P), own], -1)  # [B, K, G, R*T, P+S]
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    wp, wo = weights.split([P, S], -1)  # [B, K, G, R*T, P], [B, K, G, R*T, S]
+    out = (wp.reshape(B, K, G * R * T, P) @ pv).view(B, K, G, R * T, hd).transpose(1, 2)  # [B, G, K, R*T, hd]
+    out = out.reshape(N, K, R * T, hd) + wo.transpose(1, 2).reshape(N, K, R * T, S) @ v  # [N, K, R*T, hd]
+    return out.reshape(N, H, T, hd)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023): H query heads read K key/value heads, R = H / K to each."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.names = ("out_proj", "q_layernorm", "k_layernorm") if c.model_type == "lfm2" else (
+            "o_proj", "q_norm", "k_norm")
+        out, q_norm, k_norm = self.names
+        self.add_module(out, Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias))
+        if c.qk_norm:  # Qwen3 and LFM2: over each head's features, before the rotation
+            self.add_module(q_norm, RMSNorm(c.head_dim, c.rms_norm_eps))
+            self.add_module(k_norm, RMSNorm(c.head_dim, c.rms_norm_eps))
+        self.qk_norm = c.qk_norm
+
+    def forward(self, x, rope, allowed, mask, shared, past):
+        """x [N, T, D] -> ([N, T, D], (k, v) of all the row's own tokens [N, K, S, hd])."""
+        N, T, _ = x.shape
+        q = self.q_proj(x).view(N, T, -1, self.head_dim)  # [N, T, H, hd]
+        k = self.k_proj(x).view(N, T, -1, self.head_dim)  # [N, T, K, hd]
+        v = self.v_proj(x).view(N, T, -1, self.head_dim)  # [N, T, K, hd]
+        out, q_norm, k_norm = self.names
+        if self.qk_norm:
+            q, k = getattr(self, q_norm)(q), getattr(self, k_norm)(k)
+        q, k, v = (t.transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))  # [N, H or K, T, hd]
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)  # [N, K, S, hd]
+        read = attend(q.contiguous(), k, v, allowed, shared)  # [N, H, T, hd]
+        return getattr(self, out)(read.transpose(1, 2).reshape(N, T, -1)), (k, v)
+
+
+class ShortConv(nn.Module):
+    """LFM2's other operator (Liquid AI 2025): b, c, u = in_proj(x); g = b u; out_proj(c conv(g)).
+
+    conv is depthwise and causal, conv(g)_t = sum_j w_j g_(t-L+1+j): all it remembers is a row's last L - 1 values of g.
+    """
+
+    def __init__(self, c: Config):
+        super().__init__()
+        D = c.hidden_size
+        self.in_proj = Linear(D, 3 * D, bias=c.conv_bias)
+        self.conv = nn.Conv1d(D, D, c.conv_L_cache, groups=D, bias=c.conv_bias)  # weight [D, 1, L]
+        self.out_proj = Linear(D, D, bias=c.conv_bias)
+
+    def forward(self, x, rope, allowed, mask, shared, past):
+        """x [N, T, D], mask [N, T] or None -> ([N, T, D], the last L-1 real values of g ([N, L-1, D],)).
+
+        Tokens that follow each other must be neighbours here, whatever padding lies between them: the real ones of a
+        row are moved to its front for the convolution, behind what the row (or its prompt) remembers.
+        """
+        (N, T, D), L = x.shape, self.conv.kernel_size[0]
+        b, c, u = self.in_proj(x).chunk(3, -1)  # [N, T, D] each
+        g = b * u  # [N, T, D]
+        if mask is not None:
+            order = mask.long().argsort(dim=1, descending=True, stable=True)[..., None].expand(N, T, D)
+            g = g.gather(1, order)
+        if past is not None:
+            before = past[0]  # [N, L-1, D]
+        elif shared is not None:
+            before = shared[0].repeat_interleave(N // len(shared[0]), 0)  # [N, L-1, D], of each row's prompt
+        else:
+            before = g.new_zeros(N, L - 1, D)
+        g = torch.cat([before, g], 1)  # [N, L-1+T, D]
+        # Three products instead of conv1d: as fast in float32, and several times faster in bf16 on a CPU.
+        y = sum(self.conv.weight[:, 0, j] * g[:, j:j + T] for j in range(L))  # [N, T, D]
+        if self.conv.bias is not None:
+            y = y + self.conv.bias
+        if mask is None:
+            last = g[:, T:]  # [N, L-1, D]
+        else:
+            y = torch.zeros_like(y).scatter(1, order, y)  # back to where the tokens stand
+            at = mask.sum(1, keepdim=True) + torch.arange(L - 1, device=x.device)  # [N, L-1]
+            last = g.gather(1, at[..., None].expand(N, L - 1, D))  # [N, L-1, D]
+        return self.out_proj(c * y), (last,)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate x) * up x)."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class FeedForward(nn.Module):
+    """The same under LFM2's names: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.w1 = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.w3 = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.w2 = Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Layer(nn.Module):
+    """x += attention(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, rope, allowed, mask, shared, past):
+        h, own = self.self_attn(self.input_layernorm(x), rope, allowed, mask, shared, past)
+        x = x + h
+        return x + self.mlp(self.post_attention_layernorm(x)), own
+
+
+class Lfm2Layer(nn.Module):
+    """x += op(norm(x)); x += mlp(norm(x)): op is attention on some layers and the short convolution on the others."""
+
+    def __init__(self, c: Config, kind: str):
+        super().__init__()
+        self.operator_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        if kind == "conv":
+            self.conv = ShortConv(c)
+        else:
+            self.self_attn = Attention(c)
+        self.ffn_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.feed_forward = FeedForward(c)
+        self.kind = kind
+
+    def forward(self, x, rope, allowed, mask, shared, past):
+        op = self.conv if self.kind == "conv" else self.self_attn
+        h, own = op(self.operator_norm(x), rope, allowed, mask, shared, past)
+        x = x + h
+        return x + self.feed_forward(self.ffn_norm(x)), own
