@@ -101,7 +101,8 @@ def rehearse(model, reference, longest: list, config, free: int = 0) -> None:
     @torch.no_grad()
     def prefill():
         padded, mask = pad(prompts)  # [B, P], [B, P]
-        model.hidden(padded, Cache(), mask)
+        with model.packed(B * G, T):
+            model.hidden(padded, Cache(), mask)
 
     def learn(micro_tokens):
         m = micro_batches(groups, torch.zeros(B, G, device=device), micro_tokens)[0]
@@ -115,8 +116,8 @@ def rehearse(model, reference, longest: list, config, free: int = 0) -> None:
                    "train in bfloat16 (--lean), or adapters only (--lora 16).")
     del moments[:len(trained)]  # the gradient comes by itself when learning
     if not fits(prefill):
-        raise Full(f"{B} prompts of up to {P} tokens do not fit into memory together: lower --prompts, or leave long "
-                   f"posts out with --max-prompt.")
+        raise Full(f"Sampling after {B} prompts of up to {P} tokens does not fit into memory: lower --prompts, leave "
+                   f"long posts out with --max-prompt, or halve the weights with --lean.")
     size, smallest = config.micro_tokens, P + T
     while not fits(learn, size):
         if size <= smallest:

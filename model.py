@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from folder import SIDECARS, Config, find_folder, read_config, read_json, write_files
-from layers import Layer, Lfm2Layer, Linear, RMSNorm, linear, rope_table, wide_gradients, wide_product, widen
+from layers import Layer, Lfm2Layer, Linear, RMSNorm, linear, packed, rope_table, wide_gradients, wide_product, widen
 from lora import add_lora, effective_weight, load_adapters, merge_lora, save_adapters
 
 __all__ = ["Cache", "Config", "Transformer", "add_lora", "linear", "load", "load_adapters", "merge_lora", "pad",
@@ -91,6 +91,10 @@ class Transformer(nn.Module):
     def head(self) -> Tensor:
         """The output matrix [V, D]; the embedding itself when the two are tied."""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def packed(self, rows: int, times: int):
+        """Inside, products with the model's large matrices are fast for few rows (`layers.packed`)."""
+        return packed((*(m.weight for m in self.modules() if isinstance(m, Linear)), self.head), rows, times)
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:

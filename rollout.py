@@ -299,32 +299,34 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
     ending = torch.zeros(B * G, dtype=torch.long, device=device)  # [N] tokens that spell the stop text
     rows = torch.arange(B * G, device=device)  # which of the N rows each row of the batch is
     alive = torch.ones(B, G, dtype=torch.bool, device=device)  # rows that still write; the others only fill the batch
-    for t in range(max_new_tokens):
-        token, token_logp = draw(logits, noise[rows, t], temperature, top_k, top_p)  # [rows], [rows]
-        live = alive.flatten()
-        tokens[rows, t] = torch.where(live, token, tokens[rows, t])
-        logp[rows, t] = torch.where(live, token_logp, logp[rows, t])
-        ends = live & torch.isin(token, stop)
-        if stop_text:
-            spelt = torch.tensor(_spelt(tokenizer, stop_text, tokens[rows, :t + 1]), device=device)  # [rows]
-            ending[rows] = torch.where(live & ~ends, spelt, ending[rows])
-            ends |= live & (spelt > 0)
-        length[rows] = torch.where(ends, t + 1, length[rows])
-        stopped[rows] |= ends
-        alive &= ~ends.view_as(alive)
-        # The batch stays a rectangle of [prompts, rows each]: finished prompts go, and so does every column that no
-        # prompt needs any more. Rows that finished early in a slow group stay as filler until it shrinks.
-        left = alive.sum(1)  # [prompts]
-        G_left = int(left.max())
-        if G_left == 0 or t + 1 == max_new_tokens:
-            break
-        keep = left.nonzero().squeeze(1)  # prompts with a row that still writes
-        if len(keep) * G_left < alive.numel():
-            order = alive[keep].long().argsort(dim=1, descending=True, stable=True)[:, :G_left]  # [prompts', G_left]
-            index = (keep[:, None] * alive.shape[1] + order).flatten()
-            cache.keep(keep, index)
-            rows, token, alive = rows[index], token[index], alive[keep].gather(1, order)
-        logits = linear(model.hidden(token[:, None], cache)[:, 0], model.head)  # [rows, V]
+    with model.packed(B * G, max_new_tokens):
+        for t in range(max_new_tokens):
+            token, token_logp = draw(logits, noise[rows, t], temperature, top_k, top_p)  # [rows], [rows]
+            live = alive.flatten()
+            tokens[rows, t] = torch.where(live, token, tokens[rows, t])
+            logp[rows, t] = torch.where(live, token_logp, logp[rows, t])
+            ends = live & torch.isin(token, stop)
+            if stop_text:
+                spelt = torch.tensor(_spelt(tokenizer, stop_text, tokens[rows, :t + 1]), device=device)  # [rows]
+                ending[rows] = torch.where(live & ~ends, spelt, ending[rows])
+                ends |= live & (spelt > 0)
+            length[rows] = torch.where(ends, t + 1, length[rows])
+            stopped[rows] |= ends
+            alive &= ~ends.view_as(alive)
+            # The batch stays a rectangle of [prompts, rows each]: finished prompts go, and so does every column that no
+            # prompt needs any more. Rows that finished early in a slow group stay as filler until it shrinks.
+            left = alive.sum(1)  # [prompts]
+            G_left = int(left.max())
+            if G_left == 0 or t + 1 == max_new_tokens:
+                break
+            keep = left.nonzero().squeeze(1)  # prompts with a row that still writes
+            if len(keep) * G_left < alive.numel():
+                order = alive[keep].long().argsort(dim=1, descending=True, stable=True)  # [prompts', G]
+                order = order[:, :G_left]  # [prompts', G_left]
+                index = (keep[:, None] * alive.shape[1] + order).flatten()
+                cache.keep(keep, index)
+                rows, token, alive = rows[index], token[index], alive[keep].gather(1, order)
+            logits = linear(model.hidden(token[:, None], cache)[:, 0], model.head)  # [rows, V]
 
     mask = torch.arange(max_new_tokens, device=device) < length[:, None]  # [N, T]
     groups = []

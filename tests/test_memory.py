@@ -89,7 +89,7 @@ def full(*_, **__):
 
 @pytest.mark.parametrize("fails, says", [
     ("torch.ones_like", "two moments and the gradient.*--lean"),
-    ("pad", "2 prompts of up to 3 tokens.*--max-prompt"),
+    ("pad", "Sampling after 2 prompts of up to 3 tokens.*--max-prompt"),
     ("group_logprobs", "Not even one completion, 3 \\+ 6 tokens.*--checkpointing"),
 ])
 def test_each_part_that_does_not_fit_is_named(fails, says, monkeypatch):

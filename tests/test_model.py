@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import layers
-from model import Cache, Transformer, load, pad, read_config, save, token_logprobs
+from model import Cache, Transformer, add_lora, load, pad, read_config, save, token_logprobs
 from tests.helpers import (
     assert_same,
     byte_bpe,
@@ -807,15 +807,51 @@ def test_a_widened_product_is_exact_before_it_is_rounded(monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rows", [1, 8, 256, 257])
-def test_the_order_of_the_factors_changes_nothing(rows):
-    """Large matrices and few rows take W x^T: the same numbers, in the same places, bias and leading sizes included."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 8, 30])
+def test_packed_products_are_the_same(rows, dtype):
+    """The same numbers in the same places, bias and leading sizes included, whatever number of rows was announced; and
+    the weights themselves again afterwards."""
+    if dtype == torch.bfloat16 and layers.NARROW_IS_SLOW:
+        pytest.skip("no bfloat16 units: such weights are never packed here")
     g = torch.Generator().manual_seed(0)
-    W, b = torch.randn(1024, 300, generator=g), torch.randn(1024, generator=g)
-    x = torch.randn(rows, 1, 300, generator=g)
-    for bias in (None, b):
-        y = layers.linear(x, W, bias)
-        assert y.shape == (rows, 1, 1024) and y.is_contiguous()
-        torch.testing.assert_close(y, F.linear(x.double(), W.double(), None if bias is None else b.double()).float(),
-                                   rtol=0, atol=1e-4)
-    torch.testing.assert_close(layers.linear(x[:, 0].T.contiguous().T, W), F.linear(x[:, 0], W), rtol=0, atol=1e-4)
+    W, V, b = (torch.randn(n, generator=g).to(dtype) for n in ((1024, 300), (40, 300), (1024,)))
+    x = torch.randn(rows, 2, 300, generator=g).to(dtype)
+    close = {"rtol": 0, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.01, "atol": 0.2}
+    with layers.packed([W, V], 16, 16):
+        assert list(layers.PACKED) == [W.data_ptr()]  # the other stays in the cache anyway
+        assert torch.equal(layers.linear(x, V), F.linear(x, V))
+        for bias in (None, b):
+            y = layers.linear(x, W, bias)
+            assert y.shape == (rows, 2, 1024) and y.is_contiguous() and y.dtype == dtype
+            torch.testing.assert_close(y, F.linear(x.double(), W.double(), bias if bias is None else b.double()).to(
+                dtype), **close)
+    assert not layers.PACKED
+    W.zero_()
+    assert not layers.linear(x, W).any()
+
+
+def test_packing_is_for_long_completions_of_few_rows_and_ends_with_an_error():
+    W = torch.randn(1024, 300)
+    for rows, times in ((129, 64), (8, 15)):
+        with layers.packed([W], rows, times):
+            assert not layers.PACKED
+    with pytest.raises(KeyError), layers.packed([W], 128, 16):
+        assert layers.PACKED
+        raise KeyError
+    assert not layers.PACKED
+
+
+@pytest.mark.parametrize("family, tied", [("qwen2", True), ("llama", False), ("lfm2", True)])
+def test_a_packed_model_says_the_same(family, tied):
+    """Sampling packs: a vocabulary large enough that the head is; adapters and what is not packed work beside it."""
+    model = tiny_model(family, vocab_size=9000, tie_word_embeddings=tied)
+    if family == "qwen2":
+        add_lora(model, 2, 4.0)
+        torch.nn.init.normal_(model.layers[0].self_attn.q_proj.lora_B)
+    x = tokens(3, 10, vocab=9000)
+    with torch.no_grad():
+        plain = model(x)
+        with model.packed(8, 64):
+            assert list(layers.PACKED) == [model.head.data_ptr()]
+            torch.testing.assert_close(model(x), plain, rtol=0, atol=1e-5)
