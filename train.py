@@ -78,6 +78,8 @@ class Config(grpo.Config):
     print_every: int = flag(5, "steps between printed lines; each line is a mean over them")
     checkpointing: bool = flag(False, "recompute each layer in backward: less memory, about a third more time")
     lean: bool = flag(False, "bfloat16 weights and moments, rounded at random: half the memory (adamw.py)")
+    compile: bool = flag(False, "let torch.compile fuse each layer: a minute or more at first, and no gain on the CPUs "
+                                "where it was measured")
     device: str = flag("", "cpu, cuda or mps; empty: cuda where there is one, else cpu")
 
 
@@ -122,6 +124,9 @@ def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:
     free = memory.limit(device)
     model, tokenizer, posts, held_out, longest = prepare(config, stages)
     reference, judges = references(config, model, tokenizer)
+    if config.compile:
+        for layer in {*model.layers, *(reference.layers if reference else ())}:
+            layer.compile(dynamic=True)
     memory.rehearse(model, reference, longest, config, free)
     optimizer = make_optimizer(config, model)
     step = load_checkpoint(folder, model, optimizer) if resume else 0

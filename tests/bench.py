@@ -8,6 +8,7 @@
     python tests/bench.py step small          # a whole GRPO step against trl's; of 0.5b some rows are enough:
     python tests/bench.py step 0.5b "ours, float32" "trl, float32:1"
     python tests/bench.py scaling small       # time and memory against G, prompt and completion
+    python tests/bench.py real                # the README's commands for real models, random weights: half an hour
 """
 
 import json
@@ -15,8 +16,10 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +28,8 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 from helpers import byte_bpe, nltk_wordnet  # noqa: E402
 from nltk.translate.meteor_score import meteor_score  # noqa: E402
 from rouge_score.rouge_scorer import RougeScorer  # noqa: E402
@@ -102,6 +106,10 @@ QWEN3_1_7B = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "voc
               "head_dim": 128, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
               "tie_word_embeddings": True, "hidden_act": "silu", "bos_token_id": 0, "eos_token_id": 0,
               "torch_dtype": "float32"}
+LFM2_350M = {"model_type": "lfm2", "architectures": ["Lfm2ForCausalLM"], "vocab_size": 65536, "hidden_size": 1024,
+             "intermediate_size": 6656, "block_auto_adjust_ff_dim": True, "num_hidden_layers": 16,
+             "full_attn_idxs": [2, 5, 8, 10, 12, 14], "num_attention_heads": 16, "num_key_value_heads": 8,
+             "conv_L_cache": 3, "norm_eps": 1e-5}
 
 
 def in_a_process(job, *args):
@@ -189,6 +197,8 @@ def squish_against_transformers(layers: int, document_tokens: int, only: str = "
 SHAPES = {
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
              "num_key_value_heads": 2, "vocab_size": 151936},
+    "lfm2": LFM2_350M,
+    "1.7b": QWEN3_1_7B,
     "small": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
               "num_key_value_heads": 2, "vocab_size": 4096},
 }
@@ -196,10 +206,11 @@ PROMPT, NEW, STEPS = 384, 64, 3
 
 
 def write_model(folder: str, shape: str) -> float:
-    """A Qwen2.5 of random weights, with a tokenizer of few words -> GiB of its float32 weights."""
-    raw = SHAPES[shape] | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_theta": 1e6,
-                           "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-                           "hidden_act": "silu", "bos_token_id": 0, "eos_token_id": 2, "torch_dtype": "float32"}
+    """A model of random weights, Qwen2.5 where the shape says nothing else, with a tokenizer of few words -> GiB of its
+    weights in float32, in which they are written."""
+    raw = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_theta": 1e6, "rms_norm_eps": 1e-6,
+           "max_position_embeddings": 32768, "tie_word_embeddings": True, "hidden_act": "silu", "bos_token_id": 0,
+           "eos_token_id": 2, "torch_dtype": "float32"} | SHAPES[shape]
     torch.manual_seed(0)
     model = Transformer(read_config(raw, "bench"))
     for p in model.parameters():
@@ -407,6 +418,36 @@ def scaling(shape: str) -> None:
                   f"{1e6 * learning / (P + G * T):11.0f} {peak:9.2f}", flush=True)
 
 
+# The README's commands for real models, cut short; random weights never stop, so every completion has its full length.
+TLDR = "--target 64 --prompts 2 --group 8 --lr 2e-6 --beta 1e-4 --kl k3 --weight-decay 0.1 --max-prompt 512 " \
+       "--checkpointing --stages length:2"
+SQUISH = "--stages squish:2 --budgets 0.1 --lora 32 --lora-alpha 64 --lean --prompts 1 --group 4 --updates 4 " \
+         "--lr 1e-5 --lr-end 1 --clip-high 0.3 --advantage mean --loss dapo --beta 0 --missing penalty " \
+         "--max-new-tokens 48 --checkpointing"
+REAL = {"Qwen2.5-0.5B": ("0.5b", f"{TLDR} rouge_l+length:1"), "LFM2.5-350M": ("lfm2", f"{TLDR} meteor+length:1"),
+        "Qwen3-1.7B SQUISH": ("1.7b", SQUISH)}
+
+
+def real_runs(only: Sequence[str] = ()) -> None:
+    """Each command in a process of its own, on the embedded posts, which a tokenizer of few words makes long."""
+    print(f"{'':20} {'steps':>6} {'seconds each':>13} {'all in':>8} {'peak GiB':>9}")
+    for name, (shape, flags) in REAL.items():
+        if only and name not in only:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            write_model(folder + "/model", shape)
+            begun = time.perf_counter()
+            command = [sys.executable, str(ROOT / "train.py"), "--model", folder + "/model", "--run", "real",
+                       "--eval-posts", "1", *flags.split()]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            seconds = time.perf_counter() - begun
+            if done.returncode:
+                sys.exit(done.stdout + done.stderr)
+            steps = [json.loads(line)["seconds"] for line in open(folder + "/runs/real/metrics.jsonl")]
+            peak = float(re.search(r"at most ([\d.]+) GiB", done.stdout)[1])
+            print(f"{name:20} {len(steps):6} {statistics.median(steps):13.1f} {seconds:8.0f} {peak:9.1f}", flush=True)
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["squish", layers, tokens, *only]:
@@ -417,5 +458,7 @@ if __name__ == "__main__":
             step_against_trl(shape, only)
         case ["scaling", shape]:
             scaling(shape)
+        case ["real", *only]:
+            real_runs(only)
         case _:
             rewards_against_libraries()

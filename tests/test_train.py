@@ -245,6 +245,24 @@ def test_a_run_is_never_overwritten(small, cwd, capsys):
     assert Path("runs/a/metrics.jsonl").read_bytes() == before
 
 
+def test_compiled_layers_say_the_same(small, cwd, monkeypatch):
+    """Policy and reference, through torch's tracer and its autograd, without the minute in a C++ compiler."""
+    compiled, real = [], torch.nn.Module.compile
+
+    def traced(layer, **how):
+        compiled.append(layer)
+        real(layer, backend="aot_eager", **how)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    args = ["--model", str(small), *SMALL, "--stages", "rouge_l+length:2", "--stage-ref", "start", "--lr", "1e-3"]
+    assert train.main([*args, "--run", "plain"]) == 0 and not compiled
+    assert train.main([*args, "--run", "compiled", "--compile"]) == 0
+    assert len(compiled) == len(set(compiled)) == 2  # one layer each
+    for ours, theirs in zip(lines(Path("runs/compiled/metrics.jsonl")), lines(Path("runs/plain/metrics.jsonl"))):
+        for name in ("reward", "length", "kl", "entropy", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run(small, cwd, capsys):
     """A learning rate of 1e30 wrecks the weights in its first step: the second one says so, and the last finite ones
     are left to go on from. 1e38 overflows at once, before there is anything to keep."""
