@@ -4,7 +4,8 @@
     python tests/bench.py rewards             # a minute
     python tests/bench.py squish 4 1000       # of a model of 4 layers, on a document of 1,000 tokens: some minutes
     python tests/bench.py squish 28 2000 ours # of all 28, without the peer, which does not fit into 24 GiB
-    python tests/bench.py sampling 0.5b       # 8 x 64 tokens after a prompt of 384; or small: seconds
+    python tests/bench.py sampling small      # 8 x 64 tokens after a prompt of 384, in seconds; or some rows:
+    python tests/bench.py sampling 0.5b "ours, float32" "transformers, float32"
     python tests/bench.py step small          # a whole GRPO step against trl's; of 0.5b some rows are enough:
     python tests/bench.py step 0.5b "ours, float32" "trl, float32:1"
     python tests/bench.py scaling small       # time and memory against G, prompt and completion
@@ -36,8 +37,8 @@ from rouge_score.rouge_scorer import RougeScorer  # noqa: E402
 from sacrebleu.metrics import BLEU  # noqa: E402
 
 import squish as sq  # noqa: E402
+from metrics import bleu, meteor, rouge_l, words_13a  # noqa: E402
 from model import Transformer, add_lora, load, read_config, save  # noqa: E402
-from rewards import bleu, meteor, rouge_l, words_13a  # noqa: E402
 from rollout import TINY  # noqa: E402
 from words import find_wordnet  # noqa: E402
 
@@ -238,9 +239,9 @@ def bandwidth() -> float:
     return 0.5 / best
 
 
-def sampling_ours(folder):
+def sampling_ours(folder, dtype):
     from rollout import sample
-    model, _ = load(folder)
+    model, _ = load(folder, dtype=dtype)
     prompts = prompt_ids(1)
     sample(model, prompts, 8, 2, stop_ids=[])
 
@@ -254,9 +255,9 @@ def sampling_ours(folder):
     return call
 
 
-def sampling_transformers(folder):
+def sampling_transformers(folder, dtype):
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     ids = torch.tensor(prompt_ids(1)).expand(8, -1)
 
     def generate(n):
@@ -276,21 +277,31 @@ def sampling_transformers(folder):
     return call
 
 
-def sampling_against_transformers(shape: str) -> None:
+def sampling_against_transformers(shape: str, only: Sequence[str] = ()) -> None:
+    """`only`: which of "ours, float32", "transformers, float32", "ours, bfloat16", "transformers, bfloat16"."""
     with tempfile.TemporaryDirectory() as folder:
         weights = write_model(folder, shape)
         speed = bandwidth()
-        print(f"sampling 8 x {NEW} tokens after a prompt of {PROMPT}, {shape} shape, float32, {weights:.2f} GiB of "
-              f"weights; memory is read at {speed:.1f} GiB/s: no step is faster than {1e3 * weights / speed:.0f} ms")
-        print(f"{'':14} {'seconds':>8} {'of them prompt':>15} {'tokens/s':>9} {'ms a step':>10} {'of the floor':>13}")
+        print(f"sampling 8 x {NEW} tokens after a prompt of {PROMPT}, {shape} shape, {weights:.2f} GiB of weights in "
+              f"float32; memory is read at {speed:.1f} GiB/s: no step is faster than {1e3 * weights / speed:.0f} ms "
+              f"in float32, half of it in bfloat16")
+        print(f"{'':24} {'seconds':>8} {'of them prompt':>15} {'tokens/s':>9} {'ms a step':>10} {'of the floor':>13}")
         rows = {}
-        for name, job in (("ours", sampling_ours), ("transformers", sampling_transformers)):
-            (total, first), _, _ = in_a_process(job, folder)
-            step = (total - first) / (NEW - 1)
-            rows[name] = total
-            print(f"{name:14} {total:8.2f} {first:15.2f} {8 * NEW / total:9.0f} {1e3 * step:10.1f} "
-                  f"{weights / speed / step:13.0%}", flush=True)
-        print(f"transformers takes {rows['transformers'] / rows['ours']:.1f} times as long")
+        for dtype in (torch.float32, torch.bfloat16):
+            for who, job in (("ours", sampling_ours), ("transformers", sampling_transformers)):
+                name = f"{who}, {str(dtype).removeprefix('torch.')}"
+                if only and name not in only:
+                    continue
+                (total, first), _, _ = in_a_process(job, folder, dtype)
+                step = (total - first) / (NEW - 1)
+                rows[name] = total
+                read = weights * dtype.itemsize / 4
+                print(f"{name:24} {total:8.2f} {first:15.2f} {8 * NEW / total:9.0f} {1e3 * step:10.1f} "
+                      f"{read / speed / step:13.0%}", flush=True)
+        for name in ("float32", "bfloat16"):
+            ours, theirs = (rows.get(f"{who}, {name}") for who in ("ours", "transformers"))
+            if ours and theirs:
+                print(f"{name}: transformers takes {theirs / ours:.1f} times as long")
 
 
 def step_ours(folder, groups, how, steps):
@@ -452,8 +463,8 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["squish", layers, tokens, *only]:
             squish_against_transformers(int(layers), int(tokens), " ".join(only))
-        case ["sampling", shape]:
-            sampling_against_transformers(shape)
+        case ["sampling", shape, *only]:
+            sampling_against_transformers(shape, only)
         case ["step", shape, *only]:
             step_against_trl(shape, only)
         case ["scaling", shape]:

@@ -23,12 +23,13 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
+import metrics
 import rewards
+from metrics import corpus_bleu, words_13a
 from rewards import (
     REWARDS,
     bleu,
     copy_rate,
-    corpus_bleu,
     distinct,
     embedding,
     length_penalty,
@@ -40,7 +41,6 @@ from rewards import (
     stem,
     templated,
     well_formed,
-    words_13a,
 )
 from rollout import load_posts
 from words import find_wordnet
@@ -58,8 +58,9 @@ def words(text):
 
 
 def test_worked_examples_in_the_docstrings_hold():
-    results = doctest.testmod(rewards)
-    assert results.attempted >= 10 and results.failed == 0
+    for module in (metrics, rewards):
+        results = doctest.testmod(module)
+        assert results.attempted >= 8 and results.failed == 0
 
 
 # ------------------------------------------------------------------------------------------------------------- length
@@ -147,11 +148,11 @@ def unstemmed(monkeypatch):
     """A switch that turns the stemmer off, for those golden numbers that were made without it."""
 
     def switch(off):
-        rewards._where.cache_clear()  # tokens of either kind must not outlive the switch
-        monkeypatch.setattr(rewards, "stem", (lambda word: word) if off else stem)
+        metrics._where.cache_clear()  # tokens of either kind must not outlive the switch
+        monkeypatch.setattr(metrics, "stem", (lambda word: word) if off else stem)
 
     yield switch
-    rewards._where.cache_clear()
+    metrics._where.cache_clear()
 
 
 def test_rouge_l_gives_the_golden_numbers(unstemmed):
@@ -171,7 +172,7 @@ def test_tokens_and_stems_give_the_golden_unigram_numbers(unstemmed):
     assert any(case["use_stemmer"] for case in cases)
     for case in cases:
         unstemmed(not case["use_stemmer"])
-        candidate, reference = Counter(rewards._tokens(case["prediction"])), Counter(rewards._tokens(case["target"]))
+        candidate, reference = Counter(metrics._tokens(case["prediction"])), Counter(metrics._tokens(case["target"]))
         hits, margin = (candidate & reference).total(), 10 ** -case["places"]
         assert hits / max(candidate.total(), 1) == pytest.approx(case["precision"], abs=margin)
         assert hits / max(reference.total(), 1) == pytest.approx(case["recall"], abs=margin)
@@ -445,21 +446,21 @@ def test_long_texts_and_the_shortest():
 
 
 def test_the_matching_goes_from_the_right_and_takes_the_last_place():
-    assert rewards._align(["a"], ["a", "b", "a"]) == [(0, 2)]
-    assert rewards._align(["a", "a"], ["a", "b", "a", "a"]) == [(0, 2), (1, 3)]
+    assert metrics._align(["a"], ["a", "b", "a"]) == [(0, 2)]
+    assert metrics._align(["a", "a"], ["a", "b", "a", "a"]) == [(0, 2), (1, 3)]
     # A word that could have had a better partner at a later stage is gone: exact first, then stems.
-    assert rewards._align(["cats", "cat"], ["cat", "cats"]) == [(0, 1), (1, 0)]
-    assert rewards._align(["runs", "run"], ["run", "running"]) == [(0, 1), (1, 0)]
+    assert metrics._align(["cats", "cat"], ["cat", "cats"]) == [(0, 1), (1, 0)]
+    assert metrics._align(["runs", "run"], ["run", "running"]) == [(0, 1), (1, 0)]
 
 
 def test_synonyms_are_looked_for_by_stem(monkeypatch):
     """nltk's peculiarity, kept: "larg" is no word, so "large" never meets "big", while "cats" meets "guy" as "cat"."""
-    monkeypatch.setattr(rewards, "synonyms", {"cat": {"guy", "tom"}, "large": {"big"}, "car": {"auto"}}.get)
-    monkeypatch.setattr(rewards, "synonyms", lambda word, table=rewards.synonyms: frozenset(table(word, ())))
-    assert rewards._align(["large", "cats", "cars"], ["big", "guy", "autos"]) == [(1, 1), (2, 2)]
+    monkeypatch.setattr(metrics, "synonyms", {"cat": {"guy", "tom"}, "large": {"big"}, "car": {"auto"}}.get)
+    monkeypatch.setattr(metrics, "synonyms", lambda word, table=metrics.synonyms: frozenset(table(word, ())))
+    assert metrics._align(["large", "cats", "cars"], ["big", "guy", "autos"]) == [(1, 1), (2, 2)]
     # Of several synonyms it is the one that stands last, though it may stand first as well.
-    assert rewards._align(["cat"], ["guy", "tom"]) == [(0, 1)]
-    assert rewards._align(["cat"], ["guy", "tom", "guy"]) == [(0, 2)]
+    assert metrics._align(["cat"], ["guy", "tom"]) == [(0, 1)]
+    assert metrics._align(["cat"], ["guy", "tom", "guy"]) == [(0, 2)]
 
 
 def test_chunks_by_hand():
@@ -501,10 +502,10 @@ def test_golden_values_of_bleu():
         assert score == pytest.approx(case["score"] / 100, abs=1e-5), case
     for case in file["raw_corpus_floor_default_0.1"]:
         [candidate], [[reference]] = case["hyps"], case["refs"]
-        assert rewards._matches(candidate, reference)[2:] == (case["counts"], case["totals"])
+        assert metrics._matches(candidate, reference)[2:] == (case["counts"], case["totals"])
         assert bleu(candidate, reference, "floor") == pytest.approx(case["score"] / 100, abs=1e-9)
     for case in file["from_statistics"]:
-        score = rewards._bleu(case["sys_len"], case["ref_len"], case["counts"], case["totals"], "none", False)
+        score = metrics._bleu(case["sys_len"], case["ref_len"], case["counts"], case["totals"], "none", False)
         assert score == pytest.approx(case["score"] / 100, abs=1e-9)
     zero = file["sentence_zero"]
     assert [bleu(zero["hyp"], zero["ref"], smooth) for smooth in zero["smooth_methods"]] == [0.0] * 4
@@ -597,7 +598,7 @@ def test_nothing_breaks_them_and_a_text_is_most_like_itself():
                         for _ in range(rng.randrange(30))) for _ in range(2))
         for metric in (rouge_l, bleu, meteor, copy_rate):
             assert 0 <= metric(a, b) <= metric(b, b) + 1e-12 <= 1 + 1e-12, (metric, a, b)
-        assert (bleu(b, b), rouge_l(b, b)) == (bool(words_13a(b)), bool(rewards._tokens(b))), b  # 1, to the last digit
+        assert (bleu(b, b), rouge_l(b, b)) == (bool(words_13a(b)), bool(metrics._tokens(b))), b  # 1, to the last digit
         assert 0 <= repetition(a) <= 1 and 0 <= own_share(a, (a, b)) <= 1 and well_formed(a) in (0, 1)
 
 

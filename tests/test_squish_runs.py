@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import benchmark
+import checkpoint
 import eval as evaluation
 import rewards
 import train
@@ -195,7 +196,7 @@ def test_a_stage_s_reference_has_the_adapters_inside(tmp_path):
         if not begins:
             with torch.no_grad():
                 model.layers[0].mlp.up_proj.lora_B.zero_()  # the policy has moved on
-        reference = train.stage_reference(tmp_path / "stage.pt", model, begins)
+        reference = checkpoint.stage_reference(tmp_path / "stage.pt", model, begins)
         with reference.adapters_off():
             torch.testing.assert_close(reference(x), now, rtol=0, atol=1e-4)
         assert not any(p.requires_grad for p in reference.parameters())

@@ -1,0 +1,60 @@
+"""What a run is when nobody runs it: weights, moments and a step number, written whole or not at all."""
+
+import copy
+from pathlib import Path
+
+import torch
+
+from folder import write_file
+from lora import merge_lora
+
+
+def save_checkpoint(folder: Path, model, optimizer, step: int) -> None:
+    """All that a run is: weights, moments, step. Posts and completions follow from the seed and the step."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}  # under LoRA, the adapters only
+    state = {"step": step, "model": trained, "optimizer": optimizer.state_dict()}
+    write_file(folder / "checkpoint" / "state.pt", lambda part: torch.save(state, part))
+
+
+def read_state(path: Path, device) -> dict:
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # a broken pickle raises whatever it likes
+        raise ValueError(f"{path} cannot be read ({e}): delete {path.parent} to start this run again.") from e
+
+
+def load_checkpoint(folder: Path, model, optimizer) -> int:
+    """Bring model and optimizer to where the run was left; returns the step. 0 where it never came to a checkpoint."""
+    path = folder / "checkpoint" / "state.pt"
+    if not path.exists():
+        return 0
+    state = read_state(path, model.embed_tokens.weight.device)
+    try:
+        read_trained(model, state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+    except (RuntimeError, KeyError, ValueError) as e:
+        raise ValueError(f"{path} does not belong to the model that config.json names: put that one back, or start "
+                         f"another run.") from e
+
+
+def read_trained(model, state: dict) -> None:
+    """Give the parameters that are trained the saved values; KeyError or RuntimeError when they are others."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if trained.keys() != state.keys():
+        raise KeyError(f"{sorted(trained.keys() ^ state.keys())[0]}")
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(state[name])
+
+
+def stage_reference(path: Path, model, begins: bool):
+    """The policy as it was when the stage began, frozen: copied and saved then, read again when a run is resumed."""
+    reference = copy.deepcopy(model)
+    if begins:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        write_file(path, lambda part: torch.save(trained, part))
+    else:
+        read_trained(reference, read_state(path, model.embed_tokens.weight.device))
+    merge_lora(reference)  # its adapters are part of it: they must not go off with the policy's
+    return reference.requires_grad_(False)
