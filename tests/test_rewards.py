@@ -25,7 +25,7 @@ from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 import metrics
 import rewards
-from metrics import corpus_bleu, words_13a
+from metrics import corpus_bleu, stem, words_13a
 from rewards import (
     REWARDS,
     bleu,
@@ -38,7 +38,6 @@ from rewards import (
     parse,
     repetition,
     rouge_l,
-    stem,
     templated,
     well_formed,
 )
