@@ -406,7 +406,7 @@ def assert_equals_nltk(candidate, reference):
         if find_wordnet() is not None:
             score = meteor_score([theirs], ours, wordnet=nltk_wordnet())
             assert meteor(candidate, reference) == pytest.approx(score, abs=1e-12)
-        patch.setattr(rewards, "synonyms", lambda word: frozenset())
+        patch.setattr(metrics, "synonyms", lambda word: frozenset())
         score = meteor_score([theirs], ours, wordnet=NoSynonyms())
         assert meteor(candidate, reference) == pytest.approx(score, abs=1e-12)
 
