@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -143,7 +144,10 @@ class Transformer(nn.Module):
             # A padded query would see no key at all, and a softmax over nothing is NaN: let it see itself.
             itself = torch.eye(T, S, dtype=torch.bool, device=device).roll(past, 1)  # [T, S]
             allowed = (causal & cache.own_mask[:, None] | itself)[:, None]  # [N, 1, T, S]
-        x = self.embed_tokens(tokens)  # [N, T, D]
+        # The head gives a tied matrix a dense gradient anyway, and a sparse one is added to that row by row, where each
+        # dense one would be as large as the vocabulary. (Apple's GPU has no sparse tensors.)
+        sparse = self.config.tie_word_embeddings and device.type != "mps"
+        x = F.embedding(tokens, self.embed_tokens.weight, sparse=sparse)  # [N, T, D]
         rope = rope_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)  # 2 x [N, T, 1, hd]
         own = []
         for i, layer in enumerate(self.layers):
@@ -189,7 +193,7 @@ class _TokenLogprobs(torch.autograd.Function):
             log_p = z.log_softmax(-1)  # [chunk, V]
             logp.append(log_p.gather(-1, t[:, None]).squeeze(-1))  # [chunk]
             norm.append(z.gather(-1, t[:, None]).squeeze(-1) - logp[-1])  # [chunk] log of the sum of exp(z)
-            entropy.append(-log_p.exp().mul_(log_p).sum(-1))  # [chunk]
+            entropy.append(-torch.exp(log_p, out=z).mul_(log_p).sum(-1))  # [chunk], in the memory of z
         logp, entropy, norm = torch.cat(logp), torch.cat(entropy), torch.cat(norm)  # [M] each
         ctx.save_for_backward(hidden, weight, targets, norm)
         ctx.temperature, ctx.chunk = temperature, chunk
@@ -223,7 +227,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor, temperature: float = 1.0,
-                   chunk: int = 256) -> tuple[Tensor, Tensor]:
+                   chunk: int = 128) -> tuple[Tensor, Tensor]:
     """hidden [..., T, D], targets [..., T] -> (logp, entropy) in nats, each [..., T], float32.
 
     `hidden[..., t, :]` is the state that predicts `targets[..., t]`. The temperature is the sampler's: it divides the

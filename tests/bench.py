@@ -9,6 +9,7 @@
     python tests/bench.py step small          # a whole GRPO step against trl's; of 0.5b some rows are enough:
     python tests/bench.py step 0.5b "ours, float32" "trl, float32:1"
     python tests/bench.py scaling small       # time and memory against G, prompt and completion
+    python tests/bench.py curves lean.png runs/seed-0 runs/seed-1 runs/lean-0 runs/lean-1
     python tests/bench.py real                # the README's commands for real models, random weights: half an hour
 """
 
@@ -25,6 +26,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -114,9 +117,13 @@ LFM2_350M = {"model_type": "lfm2", "architectures": ["Lfm2ForCausalLM"], "vocab_
 
 
 def in_a_process(job, *args):
-    """job(*args) in a process of its own -> (its result, seconds, GiB that it took at most over what it began with)."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(timed, (job, *args))
+    """job(*args) in a process of its own -> (its result, seconds, the most GiB that the process held), or None where
+    the machine's memory ended first."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(timed, job, *args).result()
+        except BrokenProcessPool:
+            return None
 
 
 def timed(job, *args):
@@ -187,6 +194,8 @@ def squish_against_transformers(layers: int, document_tokens: int, only: str = "
             if only and name != only:
                 continue
             rows[name] = in_a_process(job, folder, document, summaries)
+            if rows[name] is None:
+                return print(f"{name:14} does not fit into this machine's memory")
             print(f"{name:14} {rows[name][1]:8.1f} {rows[name][2]:9.2f} {rows[name][2] - weights:16.2f}", flush=True)
         if only:
             return
@@ -206,9 +215,9 @@ SHAPES = {
 PROMPT, NEW, STEPS = 384, 64, 3
 
 
-def write_model(folder: str, shape: str) -> float:
+def write_model(folder: str, shape: str, dtype: torch.dtype = torch.float32) -> float:
     """A model of random weights, Qwen2.5 where the shape says nothing else, with a tokenizer of few words -> GiB of its
-    weights in float32, in which they are written."""
+    weights in float32. A file is as large as its dtype makes it, and counts as memory while it is read."""
     raw = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_theta": 1e6, "rms_norm_eps": 1e-6,
            "max_position_embeddings": 32768, "tie_word_embeddings": True, "hidden_act": "silu", "bos_token_id": 0,
            "eos_token_id": 2, "torch_dtype": "float32"} | SHAPES[shape]
@@ -219,7 +228,7 @@ def write_model(folder: str, shape: str) -> float:
     model.raw_config = raw
     words = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     model.sidecars = {"tokenizer_config.json": json.dumps(words).encode()}
-    save(model, byte_bpe(), folder)
+    save(model, byte_bpe(), folder, dtype)
     return sum(p.numel() for p in model.parameters()) * 4 / 2 ** 30
 
 
@@ -377,7 +386,8 @@ STEP_ROWS = ("ours, float32", "ours, float32, checkpointing", "ours, float32, co
 def step_against_trl(shape: str, only: Sequence[str] = (), groups: int = 2) -> None:
     """`only`: which of STEP_ROWS, "ours, lean:1" for one step instead of STEPS."""
     with tempfile.TemporaryDirectory() as folder:
-        weights = write_model(folder, shape)
+        weights = write_model(folder + "/float32", shape)
+        write_model(folder + "/bfloat16", shape, torch.bfloat16)
         print(f"one GRPO step of {groups} prompts x 8 completions, {PROMPT} + {NEW} tokens, {shape} shape "
               f"({weights:.2f} GiB in float32), reference and KL on; median of {STEPS} steps or as many as it says")
         print(f"{'':32} {'seconds':>8} {'sampling':>9} {'peak GiB':>9}")
@@ -385,7 +395,12 @@ def step_against_trl(shape: str, only: Sequence[str] = (), groups: int = 2) -> N
         for row in only or STEP_ROWS:
             name, _, steps = row.partition(":")
             job = step_trl if name.startswith("trl") else step_ours
-            times, _, peak = in_a_process(job, folder, groups, name, int(steps or STEPS))
+            file = folder + ("/bfloat16" if "lean" in name else "/float32")
+            done = in_a_process(job, file, groups, name, int(steps or STEPS))
+            if done is None:
+                print(f"{row:32} does not fit into this machine's memory", flush=True)
+                continue
+            times, _, peak = done
             rows[name] = statistics.median(t for t, _ in times)
             print(f"{row:32} {rows[name]:8.2f} {statistics.median(s for _, s in times):9.2f} {peak:9.2f}", flush=True)
         ours, trl = ([t for n, t in rows.items() if n.startswith(who)] for who in ("ours", "trl"))
@@ -446,7 +461,7 @@ def real_runs(only: Sequence[str] = ()) -> None:
         if only and name not in only:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            write_model(folder + "/model", shape)
+            write_model(folder + "/model", shape, torch.bfloat16)
             begun = time.perf_counter()
             command = [sys.executable, str(ROOT / "train.py"), "--model", folder + "/model", "--run", "real",
                        "--eval-posts", "1", *flags.split()]
@@ -457,6 +472,29 @@ def real_runs(only: Sequence[str] = ()) -> None:
             steps = [json.loads(line)["seconds"] for line in open(folder + "/runs/real/metrics.jsonl")]
             peak = float(re.search(r"at most ([\d.]+) GiB", done.stdout)[1])
             print(f"{name:20} {len(steps):6} {statistics.median(steps):13.1f} {seconds:8.0f} {peak:9.1f}", flush=True)
+
+
+def curves(picture: str, runs: Sequence[str]) -> None:
+    """Learning curves of finished runs over each other, means over 15 steps; one colour for runs named alike but for a
+    number at the end."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
+    kinds = list(dict.fromkeys(Path(run).name.rpartition("-")[0] for run in runs))
+    for run in runs:
+        kind = Path(run).name.rpartition("-")[0]
+        rows = [json.loads(line) for line in open(Path(run) / "metrics.jsonl")]
+        for ax, name in zip(axes, ("reward", "within_10pct", "rouge_l", "kl")):
+            steps, values = zip(*((row["step"], row[name]) for row in rows if name in row))
+            means = [statistics.fmean(values[max(0, i - 15):i]) for i in range(1, len(values) + 1)]
+            ax.plot(steps, means, color=f"C{kinds.index(kind)}", lw=1.2,
+                    label=kind if kind not in ax.get_legend_handles_labels()[1] else None)
+            ax.set_title(name, fontsize=10)
+            ax.set_xlabel("step", fontsize=8)
+            ax.grid(alpha=0.2)
+    axes[0].legend(fontsize=8)
+    figure.savefig(picture, dpi=110)
 
 
 if __name__ == "__main__":
@@ -471,5 +509,7 @@ if __name__ == "__main__":
             scaling(shape)
         case ["real", *only]:
             real_runs(only)
+        case ["curves", picture, *runs]:
+            curves(picture, runs)
         case _:
             rewards_against_libraries()
