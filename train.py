@@ -14,17 +14,12 @@ import argparse
 import copy
 import dataclasses
 import math
-import os
 import signal
 import sys
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
-
-# Large pages for large tensors, where Linux offers them: touching fresh memory is a tenth of a large model's forward
-# pass. torch reads it once, at its first tensor.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
 import torch
