@@ -75,8 +75,8 @@ def packed(weights: Iterable[Tensor], rows: int, times: int) -> Iterator[None]:
     """Inside, `linear` with these weights [out, in] reads them up to three times as fast. They must not change there.
 
     A word for each of a few rows costs one reading of all weights, and on a CPU F.linear reads rows of them at a
-    quarter of what memory gives. oneDNN has an order of its own that it reads at half to two thirds; bringing W into
-    it costs a copy, and the time of some ten products. So it is done for `times` products of few `rows`, and for
+    quarter of what memory gives. oneDNN has an order of its own that it reads at about half of it; bringing W into it
+    costs a copy, and the time of some ten products. So it is done for `times` products of few `rows`, and for
     matrices that do not stay in the cache anyway. Only without gradients, which need W itself.
     """
     if times >= 16 and rows <= 128 and torch.backends.mkldnn.is_available():

@@ -54,8 +54,8 @@ def limit(device: str) -> int:
 
 def peak(device: str) -> float:
     """The most that the process has held so far, in GiB: of the GPU's memory where it works on one."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
+    if device.startswith("cuda"):  # or cuda:1
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
     if resource is None:
         return float("nan")
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
