@@ -12,7 +12,7 @@ with Limited Numerical Precision"). The arithmetic is float32, a slice at a time
 import torch
 from torch import Tensor
 
-SLICE = 2 ** 20  # numbers that are float32 at a time
+SLICE = 2 ** 18  # numbers that are float32 at a time: a mebibyte, small enough to be the same memory every time
 
 
 class AdamW(torch.optim.Optimizer):
@@ -40,7 +40,7 @@ class AdamW(torch.optim.Optimizer):
                 t = state["step"]
                 noise = None
                 if p.dtype == torch.bfloat16:
-                    # One slice's worth for all slices of the parameter: numbers a million places apart may round alike.
+                    # One slice's worth for all slices of the parameter: numbers this far apart may round alike.
                     seed = group["seed"] * 1_000_003 + t * 10_007 + number
                     noise = torch.randint(2 ** 16, (3, min(SLICE, p.numel())), device=p.device, dtype=torch.int32,
                                           generator=torch.Generator(p.device).manual_seed(seed))  # [3, slice]

@@ -5,6 +5,7 @@ prompt, P prompt tokens, D hidden size, H query heads, K key/value heads, R = H 
 size, L width of the convolution.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -24,22 +25,41 @@ def widen(x: Tensor) -> bool:
     return NARROW_IS_SLOW and x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
-def wide_product(x: Tensor, W: Tensor) -> Tensor:
-    """x [M, in] times the transpose of W [out, in] -> [M, out] float32. A slice of W, widened, stays in the cache."""
-    x, y = x.float().T, x.new_empty(len(x), len(W), dtype=torch.float32)  # [in, M], [M, out]
-    slices = max(1, 2 ** 20 // W.shape[1])
-    for at, w in zip(y.split(slices, 1), W.split(slices)):
-        at.copy_((w.float() @ x).T)  # W as the left factor: faster for few rows
+_SCRATCH: dict[str, Tensor] = {}
+
+
+def scratch(name: str, *shape: int) -> Tensor:
+    """Float32 memory [*shape] that is the same at every call: fresh memory costs as much as a small product."""
+    if name not in _SCRATCH or _SCRATCH[name].numel() < math.prod(shape):
+        _SCRATCH[name] = torch.empty(math.prod(shape))
+    return _SCRATCH[name][:math.prod(shape)].view(shape)
+
+
+def slices(W: Tensor, rows: int) -> int:
+    """How many rows of W [out, in] are widened at once for a product with `rows` rows: of few rows as much as stays in
+    the cache, of many so much that neither W nor the product gets large."""
+    return max(1, 2 ** 20 // W.shape[1] if rows <= 128 else min(2 ** 22 // W.shape[1], 2 ** 23 // rows))
+
+
+def wide_product(x: Tensor, W: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """x [M, in] times the transpose of W [out, in] -> [M, out] in `dtype`, made in float32 a slice of W at a time."""
+    x, y = x.float().T, x.new_empty(len(x), len(W), dtype=dtype)  # [in, M], [M, out]
+    n = slices(W, x.shape[1])
+    for at, w in zip(y.split(n, 1), W.split(n)):
+        w = scratch("weight", *w.shape).copy_(w)  # [n, in]
+        at.copy_(torch.mm(w, x, out=scratch("product", len(w), x.shape[1])).T)  # W on the left: faster for few rows
     return y
 
 
 def wide_gradients(g: Tensor, x: Tensor, W: Tensor, dW: Tensor | None) -> Tensor:
-    """Gradient g [M, out] float32 of x W^T -> that of x [M, in]; that of W is added to dW, where there is one."""
-    dx, x = torch.zeros_like(x, dtype=torch.float32), x.float()
-    for i, (at, w) in enumerate(zip(g.split(4096, -1), W.split(4096))):
-        dx.addmm_(at, w.float())
+    """Gradient g [M, out] of x W^T -> that of x [M, in]; that of W is added to dW, where there is one."""
+    dx, n = torch.zeros_like(x, dtype=torch.float32), slices(W, len(x))  # [M, in]
+    x = x if dW is None else x.float()
+    for i, (at, w) in enumerate(zip(g.split(n, -1), W.split(n))):
+        at = scratch("gradient", *at.shape).copy_(at)  # [M, n]
+        dx.addmm_(at, scratch("weight", *w.shape).copy_(w))
         if dW is not None:
-            dW[4096 * i:4096 * (i + 1)] += at.T @ x
+            dW[n * i:n * (i + 1)] += torch.mm(at.T, x, out=scratch("product", *w.shape))  # [n, in]
     return dx.to(W.dtype)
 
 
@@ -47,13 +67,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W):
         ctx.save_for_backward(x, W)
-        return wide_product(x, W).to(x.dtype)
+        return wide_product(x, W, x.dtype)
 
     @staticmethod
     def backward(ctx, g):
         x, W = ctx.saved_tensors
         dW = torch.zeros_like(W) if ctx.needs_input_grad[1] else None
-        return wide_gradients(g.float(), x, W, dW), dW
+        return wide_gradients(g, x, W, dW), dW
 
 
 PACKED: dict[int, Tensor] = {}  # address of a weight -> that weight in an order of oneDNN's own; filled by `packed`
@@ -104,8 +124,8 @@ class Linear(nn.Linear):
         if self.lora_A is None or not self.on:
             return y
         # In the adapter's own precision: it is float32 over bf16 weights, or small updates would be rounded away.
-        down = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # [..., rank]
-        return y + (F.linear(down, self.lora_B) * self.scale).to(y.dtype)
+        down = F.linear(x.to(self.lora_A.dtype), self.lora_A) * self.scale  # [..., rank]
+        return y + F.linear(down, self.lora_B).to(y.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -132,32 +132,43 @@ class Transformer(nn.Module):
         else:
             positions = (mask.cumsum(1) - 1).clamp(min=0) + read  # [N, T]
             cache.lengths = read + mask.sum(1, keepdim=True)
-        past, S = cache.columns, cache.columns + T
+        done, S = cache.columns, cache.columns + T
         if mask is not None or cache.own_mask is not None:
             ones = torch.ones(N, 1, dtype=torch.bool, device=device)  # [N, 1]
-            before = ones.expand(N, past) if cache.own_mask is None else cache.own_mask  # [N, past]
+            before = ones.expand(N, done) if cache.own_mask is None else cache.own_mask  # [N, done]
             now = ones.expand(N, T) if mask is None else mask.bool()  # [N, T]
             cache.own_mask = torch.cat([before, now], 1)  # [N, S]
-        causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(past)  # [T, S]
+        causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(done)  # [T, S]
         allowed = None if T == 1 else causal[None, None]  # [1, 1, T, S]
         if cache.own_mask is not None:
             # A padded query would see no key at all, and a softmax over nothing is NaN: let it see itself.
-            itself = torch.eye(T, S, dtype=torch.bool, device=device).roll(past, 1)  # [T, S]
+            itself = torch.eye(T, S, dtype=torch.bool, device=device).roll(done, 1)  # [T, S]
             allowed = (causal & cache.own_mask[:, None] | itself)[:, None]  # [N, 1, T, S]
         # The head gives a tied matrix a dense gradient anyway, and a sparse one is added to that row by row, where each
         # dense one would be as large as the vocabulary. (Apple's GPU has no sparse tensors.)
         sparse = self.config.tie_word_embeddings and device.type != "mps"
         x = F.embedding(tokens, self.embed_tokens.weight, sparse=sparse)  # [N, T, D]
         rope = rope_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)  # 2 x [N, T, 1, hd]
+        if self.checkpointing and torch.is_grad_enabled() and not x.requires_grad:
+            x.requires_grad_()  # with a frozen embedding nothing else tells `checkpoint` that a gradient is wanted
         own = []
         for i, layer in enumerate(self.layers):
-            shared = cache.shared and (*cache.shared[i], cache.shared_mask)
-            args = (x, rope, allowed, mask, shared, cache.own and cache.own[i])
+            prompt = cache.shared[i] if cache.shared else ()  # (k, v) or (last values,), the same for `past`
+            past = cache.own[i] if cache.own else ()
+
+            def run(x, *read, layer=layer, prompt=prompt):
+                n = len(prompt)
+                shared = (*read[:n], cache.shared_mask) if n else None
+                x, kv = layer(x, rope, allowed, mask, shared, read[n:] or None)
+                return x, *kv
+
             if self.checkpointing and torch.is_grad_enabled():
-                x, kv = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
+                # Reentrant: it keeps nothing of the layer, where the other kind keeps the graph's nodes, thousands of
+                # crumbs between the large blocks that come and go, and glibc's heap then grows by half of the weights.
+                x, *kv = checkpoint(run, x, *prompt, *past, use_reentrant=True, preserve_rng_state=False)
             else:
-                x, kv = layer(*args)
-            own.append(kv)
+                x, *kv = run(x, *prompt, *past)
+            own.append(tuple(kv))
         cache.own, cache.columns = own, S
         return getattr(self, self.last_norm)(x)
 

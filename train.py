@@ -122,6 +122,8 @@ def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:
     begun = time.time()
     stages = parse_stages(config.stages)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if config.checkpointing:
+        memory.tidy()
     free = memory.limit(device)
     model, tokenizer, posts, held_out, longest = prepare(config, stages)
     reference, judges = references(config, model, tokenizer)

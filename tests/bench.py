@@ -3,6 +3,7 @@
     pip install -r tests/requirements.txt
     python tests/bench.py rewards             # a minute
     python tests/bench.py squish 4 1000       # of a model of 4 layers, on a document of 1,000 tokens: some minutes
+    python tests/bench.py squish 4 1000 bfloat16   # the same in the type that the model is published in
     python tests/bench.py squish 28 2000 ours # of all 28, without the peer, which does not fit into 24 GiB
     python tests/bench.py sampling small      # 8 x 64 tokens after a prompt of 384, in seconds; or some rows:
     python tests/bench.py sampling 0.5b "ours, float32" "transformers, float32"
@@ -39,6 +40,7 @@ from nltk.translate.meteor_score import meteor_score  # noqa: E402
 from rouge_score.rouge_scorer import RougeScorer  # noqa: E402
 from sacrebleu.metrics import BLEU  # noqa: E402
 
+import memory  # noqa: E402
 import squish as sq  # noqa: E402
 from metrics import bleu, meteor, rouge_l, words_13a  # noqa: E402
 from model import Transformer, add_lora, load, read_config, save  # noqa: E402
@@ -133,15 +135,15 @@ def timed(job, *args):
     return result, time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
-def squish_ours(folder, document, summaries):
-    model, tokenizer = load(folder)
+def squish_ours(folder, document, summaries, dtype):
+    model, tokenizer = load(folder, dtype=dtype)
     return lambda: sq.squish(model, tokenizer, document, summaries, 1.0)
 
 
-def squish_obvious(folder, document, summaries):
+def squish_obvious(folder, document, summaries, dtype):
     """What one would write with transformers: all rows in one padded batch, all logits, log_softmax, gather, mask."""
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     tokenizer = load_tokenizer(folder)
     first, middle = sq.TEMPLATE.removesuffix("{document}").split("{summary}")
     text = tokenizer.encode(document).ids
@@ -168,7 +170,9 @@ def load_tokenizer(folder):
     return Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
 
 
-def squish_against_transformers(layers: int, document_tokens: int, only: str = "", G: int = 8) -> None:
+def squish_against_transformers(layers: int, document_tokens: int, *flags: str, G: int = 8) -> None:
+    """`flags`: "bfloat16", the type that the model is published in; "ours" or "transformers", to run one of them."""
+    dtype = torch.bfloat16 if "bfloat16" in flags else torch.float32
     raw = QWEN3_1_7B | {"num_hidden_layers": layers}
     tokenizer, rng = byte_bpe(), random.Random(0)
     words = ["lost", "a", "shoe", "in", "the", "post", "and", "found", "other", "one", "about", "tokens"]
@@ -183,21 +187,21 @@ def squish_against_transformers(layers: int, document_tokens: int, only: str = "
             if p.ndim == 2:
                 torch.nn.init.uniform_(p.data, -0.03, 0.03)
         model.raw_config = raw
-        save(model, tokenizer, folder)
-        weights = sum(p.numel() for p in model.parameters()) * 4 / 2 ** 30
+        save(model, tokenizer, folder, dtype)
+        weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize / 2 ** 30
         del model
         print(f"SQUISH of {G} summaries of a document of {document_tokens} tokens (and of it alone), Qwen3-1.7B's "
-              f"shape with {layers} of 28 layers, float32: {weights:.1f} GiB of weights")
+              f"shape with {layers} of 28 layers, {dtype}: {weights:.1f} GiB of weights")
         print(f"{'':14} {'seconds':>8} {'peak GiB':>9} {'without weights':>16}")
         rows = {}
         for name, job in (("ours", squish_ours), ("transformers", squish_obvious)):
-            if only and name != only:
+            if name not in flags and {"ours", "transformers"} & set(flags):
                 continue
-            rows[name] = in_a_process(job, folder, document, summaries)
+            rows[name] = in_a_process(job, folder, document, summaries, dtype)
             if rows[name] is None:
                 return print(f"{name:14} does not fit into this machine's memory")
             print(f"{name:14} {rows[name][1]:8.1f} {rows[name][2]:9.2f} {rows[name][2] - weights:16.2f}", flush=True)
-        if only:
+        if len(rows) < 2:
             return
         (a, ours, mine), (b, theirs, peak) = rows.values()
         print(f"ratio          {ours / theirs:8.2f} {mine / peak:9.2f} {(mine - weights) / (peak - weights):16.2f}    "
@@ -321,6 +325,8 @@ def step_ours(folder, groups, how, steps):
     from rollout import sample
     model, tokenizer = load(folder, dtype=torch.bfloat16 if "lean" in how else torch.float32)
     model.checkpointing = "checkpointing" in how
+    if model.checkpointing:
+        memory.tidy()  # as train.py does
     if "LoRA" in how:
         add_lora(model, 16, 32.0)
     reference = model if "LoRA" in how else copy.deepcopy(model).requires_grad_(False)
@@ -499,8 +505,8 @@ def curves(picture: str, runs: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["squish", layers, tokens, *only]:
-            squish_against_transformers(int(layers), int(tokens), " ".join(only))
+        case ["squish", layers, tokens, *flags]:
+            squish_against_transformers(int(layers), int(tokens), *flags)
         case ["sampling", shape, *only]:
             sampling_against_transformers(shape, only)
         case ["step", shape, *only]:

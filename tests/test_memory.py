@@ -65,6 +65,21 @@ def test_a_run_too_large_is_refused_with_a_size_that_fits(tmp_path):
     assert re.search(r"Done in \d+:\d\d, with at most \d\.\d GiB of memory\.", taken.stdout)
 
 
+@linux
+def test_tidied_memory_goes_back_though_small_things_lie_between():
+    """40 blocks of 4 MiB, a small one kept after each: without tidy the heap keeps all of it."""
+    code = ("import sys, torch, memory\n"
+            "if sys.argv[1] == 'tidy': memory.tidy()\n"
+            "rss = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096 >> 20\n"
+            "del [torch.ones(4 << 20)][:]\n"  # 16 MiB, given back: glibc's threshold grows to that
+            "before, large, small = rss(), [], []\n"
+            "for _ in range(40): large.append(torch.ones(1 << 20)); small.append(torch.ones(1 << 10))\n"
+            "del large; print(rss() - before)")
+    held = {how: int(subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, text=True, capture_output=True,
+                                    check=True).stdout) for how in ("tidy", "untidy")}
+    assert held["tidy"] < 10 and held["untidy"] > 100, held
+
+
 def config(**more):
     return SimpleNamespace(**({"group": 4, "max_new_tokens": 6, "micro_tokens": 100, "checkpointing": False} | more))
 
