@@ -53,17 +53,26 @@ def limit(device: str) -> int:
     return free
 
 
-def tidy() -> None:
-    """Give what is large back to the system at once (glibc only, which takes every other Linux's laptop in).
+def tidy(model) -> None:
+    """Give memory back to the system before each layer's backward pass, where the C library is glibc.
 
-    Checkpointing keeps one small tensor a layer among many large ones that live for a moment. glibc puts both on one
-    heap, where a hole is rarely taken again by aligned memory, so the heap grew by half of the weights themselves.
-    From here on everything above 2 MiB has pages of its own; fresh pages cost time, which is why this is not always on.
+    Gradients that stay lie between large blocks that live for a moment, and glibc rarely puts aligned memory into a
+    hole again: over many layers the heap would grow by half of the weights. Blocks above 8 MiB get pages of their own,
+    and of what is free on the heap the pages go back. Fresh pages cost time, so this is for runs that lack memory.
     """
     try:
-        ctypes.CDLL(None).mallopt(-3, 2 ** 21)  # M_MMAP_THRESHOLD, which otherwise grows by itself up to 32 MiB
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2 ** 23)  # M_MMAP_THRESHOLD, which otherwise grows by itself up to 32 MiB
+        libc.malloc_trim(0)
     except (AttributeError, OSError, TypeError):
-        pass  # musl, macOS, Windows
+        return  # musl, macOS, Windows
+
+    def give_back(layer, args):
+        if torch.is_grad_enabled():  # under checkpointing: just before the layer is differentiated
+            libc.malloc_trim(0)
+
+    for layer in model.layers:
+        layer.register_forward_pre_hook(give_back)
 
 
 def peak(device: str) -> float:

@@ -122,14 +122,14 @@ def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:
     begun = time.time()
     stages = parse_stages(config.stages)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if config.checkpointing:
-        memory.tidy()
     free = memory.limit(device)
     model, tokenizer, posts, held_out, longest = prepare(config, stages)
     reference, judges = references(config, model, tokenizer)
     if config.compile:
         for layer in {*model.layers, *(reference.layers if reference else ())}:
             layer.compile(dynamic=True)
+    elif config.checkpointing:
+        memory.tidy(model)
     memory.rehearse(model, reference, longest, config, free)
     optimizer = make_optimizer(config, model)
     step = load_checkpoint(folder, model, optimizer) if resume else 0

@@ -326,7 +326,7 @@ def step_ours(folder, groups, how, steps):
     model, tokenizer = load(folder, dtype=torch.bfloat16 if "lean" in how else torch.float32)
     model.checkpointing = "checkpointing" in how
     if model.checkpointing:
-        memory.tidy()  # as train.py does
+        memory.tidy(model)  # as train.py does
     if "LoRA" in how:
         add_lora(model, 16, 32.0)
     reference = model if "LoRA" in how else copy.deepcopy(model).requires_grad_(False)

@@ -67,17 +67,25 @@ def test_a_run_too_large_is_refused_with_a_size_that_fits(tmp_path):
 
 @linux
 def test_tidied_memory_goes_back_though_small_things_lie_between():
-    """40 blocks of 4 MiB, a small one kept after each: without tidy the heap keeps all of it."""
-    code = ("import sys, torch, memory\n"
-            "if sys.argv[1] == 'tidy': memory.tidy()\n"
+    """20 blocks of 4 MiB, a small one kept after each. Untidied, the heap keeps all of it; tidied, it goes when a layer
+    runs with gradients, and not without."""
+    code = ("import sys; sys.path[:0] = ['.', 'tests']; import torch, memory; from helpers import tiny_model\n"
+            "model, ids = tiny_model(), torch.ones(1, 3, dtype=torch.long)\n"
+            "if sys.argv[1] == 'tidy': memory.tidy(model)\n"
             "rss = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096 >> 20\n"
-            "del [torch.ones(4 << 20)][:]\n"  # 16 MiB, given back: glibc's threshold grows to that
+            "model(ids).sum().backward()\n"
+            "if sys.argv[1] != 'tidy': del [torch.ones(4 << 20)][:]\n"  # glibc's threshold grows to 16 MiB
             "before, large, small = rss(), [], []\n"
-            "for _ in range(40): large.append(torch.ones(1 << 20)); small.append(torch.ones(1 << 10))\n"
-            "del large; print(rss() - before)")
-    held = {how: int(subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, text=True, capture_output=True,
-                                    check=True).stdout) for how in ("tidy", "untidy")}
-    assert held["tidy"] < 10 and held["untidy"] > 100, held
+            "for _ in range(20): large.append(torch.ones(1 << 20)); small.append(torch.ones(1 << 10))\n"
+            "del large\n"
+            "with torch.no_grad(): model(ids)\n"
+            "print(rss() - before, end=' ')\n"
+            "model(ids)\n"
+            "print(rss() - before)")
+    held = [subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, text=True, capture_output=True, check=True)
+            for how in ("untidy", "tidy")]
+    (untidy, still), (waiting, tidy) = (map(int, run.stdout.split()) for run in held)
+    assert min(untidy, still, waiting) > 60 and tidy < 10, held
 
 
 def config(**more):

@@ -387,15 +387,27 @@ def test_finished_rows_leave_and_the_others_do_not_notice(lengths, keep_prompts,
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpointing_recomputes_and_changes_nothing(family):
+    """And it leaves next to no graph behind, whose small pieces would hold large memory in a torn heap."""
     model, ids = tiny_model(family, dtype=torch.float64), tokens(2, 8)
-    calls, results = [], []
+    calls, results, nodes = [], [], []
+
+    def graph(node, seen=None):
+        seen = set() if seen is None else seen
+        if node is not None and node not in seen:
+            seen.add(node)
+            for before, _ in node.next_functions:
+                graph(before, seen)
+        return seen
+
     model.layers[1].register_forward_pre_hook(lambda *_: calls.append(1))
     for on in (False, True):
         model.checkpointing = on
         calls.clear()
         loss = model(ids).log_softmax(-1)[..., 3].sum()
+        nodes.append(len(graph(loss.grad_fn)))
         results.append((loss.detach(), gradients(model, loss)))
         assert len(calls) == (2 if on else 1)  # once more in backward: otherwise nothing was saved
+    assert nodes[0] > 100 and nodes[1] < 30, nodes
     assert_same(results[0][0], results[1][0], 1e-12)
     assert_same(results[0][1], results[1][1], 1e-12)
     with torch.no_grad():
@@ -772,7 +784,8 @@ def bf16_losses(monkeypatch, slow, family="qwen2"):
 @pytest.mark.parametrize("family", ["qwen2", "lfm2"])
 def test_products_of_bfloat16_made_in_float32_are_as_good(family, monkeypatch):
     """Against float64 with the same weights, widened products are about as far off as bfloat16's own, for values and
-    for every gradient; the vocabulary of 5,000 takes two slices of 4,096."""
+    for every gradient, W being widened 30 rows at a time."""
+    monkeypatch.setattr(layers, "slices", lambda W, rows: 30)
     model, x = tiny_model(family, dtype=torch.bfloat16, vocab_size=5000).double(), tokens(2, 40, vocab=5000)
     exact_logp, _ = token_logprobs(model, model.hidden(x[:, :-1]), x[:, 1:], chunk=50)
     exact = gradients(model, exact_logp.sum())
@@ -787,8 +800,10 @@ def test_products_of_bfloat16_made_in_float32_are_as_good(family, monkeypatch):
 
 
 def test_a_widened_product_is_exact_before_it_is_rounded(monkeypatch):
-    """Small whole numbers: their products and sums are exact in float32, and only the last rounding is left."""
+    """Small whole numbers: their products and sums are exact in float32, and only the last rounding is left. W is
+    widened in three slices, the last of them shorter."""
     monkeypatch.setattr(layers, "NARROW_IS_SLOW", True)
+    monkeypatch.setattr(layers, "slices", lambda W, rows: 4000)
     g = torch.Generator().manual_seed(0)
     x, W, dy = (torch.randint(-8, 9, shape, generator=g).to(torch.bfloat16)
                 for shape in ((50, 16), (9000, 16), (50, 9000)))
@@ -804,6 +819,14 @@ def test_a_widened_product_is_exact_before_it_is_rounded(monkeypatch):
     frozen = W.detach()
     dx, = torch.autograd.grad(layers.linear(x, frozen), x, dy)
     assert torch.equal(dx, (dy.double() @ W.double()).float().bfloat16())
+
+
+def test_a_slice_is_never_large_and_never_nothing():
+    for shape in ((151_936, 896), (4864, 896), (896, 4864), (3, 2 ** 23)):
+        for rows in (3, 128, 129, 1776, 16_384, 2 ** 24):
+            n = layers.slices(torch.empty(shape, device="meta"), rows)
+            assert n >= 1
+            assert n == 1 or n * shape[1] <= 2 ** (20 if rows <= 128 else 22) and n * rows <= 2 ** 23
 
 
 @torch.no_grad()
