@@ -58,7 +58,7 @@ def gradients(model, loss):
     """Every parameter's gradient of `loss`, by name; no parameter may be left out."""
     model.zero_grad()
     loss.backward(retain_graph=True)
-    found = {name: p.grad.to_dense().clone() for name, p in model.named_parameters()}
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     return found
 

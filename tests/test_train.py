@@ -245,6 +245,27 @@ def test_a_run_is_never_overwritten(small, cwd, capsys):
     assert Path("runs/a/metrics.jsonl").read_bytes() == before
 
 
+def test_what_is_rehearsed_is_the_batch_of_the_longest_prompts(small, cwd):
+    """Posts of 1 to 40 cats in some order; those that are held out do not count."""
+    cats = random.Random(0).sample(range(1, 41), 40)
+    Path("posts.jsonl").write_text("\n".join(json.dumps({"post": "A" + " cat" * n, "tldr": "x"}) for n in cats))
+    config = train.Config(model=str(small), data="posts.jsonl", target=6, prompts=3, stages=["length:1"])
+    _, tokenizer, posts, _, longest = train.prepare(config, train.parse_stages(config.stages))
+    cat = tokenizer.encode(" cat").ids
+    assert [prompt.count(cat[-1]) for prompt in longest] == sorted(p.document.count("cat") for p in posts)[-3:]
+
+
+def test_checkpointing_learns_the_same_and_keeps_memory_tidy(small, cwd, monkeypatch):
+    tidied = []
+    monkeypatch.setattr(train.memory, "tidy", tidied.append)
+    args = ["--model", str(small), *SMALL, "--stages", "rouge_l+length:2"]
+    assert train.main([*args, "--run", "plain"]) == 0 and not tidied
+    assert train.main([*args, "--run", "again", "--checkpointing"]) == 0 and len(tidied) == 1
+    for ours, theirs in zip(lines(Path("runs/again/metrics.jsonl")), lines(Path("runs/plain/metrics.jsonl"))):
+        for name in ("reward", "length", "kl", "entropy", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+
+
 def test_compiled_layers_say_the_same(small, cwd, monkeypatch):
     """Policy and reference, through torch's tracer and without the minutes in a C++ compiler."""
     compiled, real = [], torch.nn.Module.compile
