@@ -81,8 +81,9 @@ def peak(device: str) -> float:
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     if resource is None:
         return float("nan")
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib / 2 ** (20 if Path("/proc").exists() else 30)  # macOS counts bytes
+    if Path("/proc/self/status").exists():  # getrusage would count the process that started this one too
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 30  # macOS: in bytes
 
 
 def is_full(e: BaseException) -> bool:

@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import random
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -132,7 +131,7 @@ def timed(job, *args):
     call = job(*args)  # loads what it needs; what it returns is measured
     begun = time.perf_counter()
     result = call()
-    return result, time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    return result, time.perf_counter() - begun, memory.peak("cpu")
 
 
 def squish_ours(folder, document, summaries, dtype):

@@ -88,6 +88,17 @@ def test_tidied_memory_goes_back_though_small_things_lie_between():
     assert min(untidy, still, waiting) > 60 and tidy < 10, held
 
 
+@linux
+def test_a_peak_is_the_process_s_own_and_stays():
+    """Not that of the large process which starts it, and also after the memory is gone."""
+    large = ("import torch, subprocess, sys; x = torch.ones(1 << 28); sys.exit(subprocess.call(sys.argv[1:]))")
+    small = "import torch, memory; print(memory.peak('cpu')); torch.ones(1 << 27); print(memory.peak('cpu'))"
+    out = subprocess.run([sys.executable, "-c", large, sys.executable, "-c", small], cwd=ROOT, text=True,
+                         capture_output=True, check=True).stdout.split()
+    before, after = map(float, out)
+    assert before < 0.8 and after == pytest.approx(before + 0.5, abs=0.05)
+
+
 def config(**more):
     return SimpleNamespace(**({"group": 4, "max_new_tokens": 6, "micro_tokens": 100, "checkpointing": False} | more))
 
