@@ -452,7 +452,7 @@ def scaling(shape: str) -> None:
 # The README's commands for real models, cut short; random weights never stop, so every completion has its full length.
 TLDR = "--target 64 --prompts 2 --group 8 --lr 2e-6 --beta 1e-4 --kl k3 --weight-decay 0.1 --max-prompt 512 " \
        "--checkpointing --stages length:2"
-SQUISH = "--stages squish:2 --budgets 0.1 --lora 32 --lora-alpha 64 --lean --prompts 1 --group 4 --updates 4 " \
+SQUISH = "--stages squish:1 --budgets 0.1 --lora 32 --lora-alpha 64 --lean --prompts 1 --group 4 --updates 4 " \
          "--lr 1e-5 --lr-end 1 --clip-high 0.3 --advantage mean --loss dapo --beta 0 --missing penalty " \
          "--max-new-tokens 48 --checkpointing"
 REAL = {"Qwen2.5-0.5B": ("0.5b", f"{TLDR} rouge_l+length:1"), "LFM2.5-350M": ("lfm2", f"{TLDR} meteor+length:1"),
