@@ -1,113 +1,16 @@
-"""The pieces of a transformer: products, norms, rotary positions, attention, convolution, feed-forward, and one layer.
+"""The pieces of a transformer: norms, rotary positions, attention, convolution, feed-forward, and one layer.
 
 Shapes: N rows (= B prompts x G completions, or just rows), T tokens of this call, S tokens a row has read since its
 prompt, P prompt tokens, D hidden size, H query heads, K key/value heads, R = H / K queries that share one key, hd head
 size, L width of the convolution.
 """
 
-import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from folder import Config
-
-# A CPU without bfloat16 units (most laptops) multiplies bfloat16 at a tenth of float32's speed: there every large
-# product is made in float32, from weights that are widened a slice at a time.
-NARROW_IS_SLOW = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def widen(x: Tensor) -> bool:
-    """Whether products with x are worth making in float32."""
-    return NARROW_IS_SLOW and x.dtype == torch.bfloat16 and x.device.type == "cpu"
-
-
-_SCRATCH: dict[str, Tensor] = {}
-
-
-def scratch(name: str, *shape: int) -> Tensor:
-    """Float32 memory [*shape] that is the same at every call: fresh memory costs as much as a small product."""
-    if name not in _SCRATCH or _SCRATCH[name].numel() < math.prod(shape):
-        _SCRATCH[name] = torch.empty(math.prod(shape))
-    return _SCRATCH[name][:math.prod(shape)].view(shape)
-
-
-def slices(W: Tensor, rows: int) -> int:
-    """How many rows of W [out, in] are widened at once for a product with `rows` rows: of few rows as much as stays in
-    the cache, of many so much that neither W nor the product gets large."""
-    return max(1, 2 ** 20 // W.shape[1] if rows <= 128 else min(2 ** 22 // W.shape[1], 2 ** 23 // rows))
-
-
-def wide_product(x: Tensor, W: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """x [M, in] times the transpose of W [out, in] -> [M, out] in `dtype`, made in float32 a slice of W at a time."""
-    x, y = x.float().T, x.new_empty(len(x), len(W), dtype=dtype)  # [in, M], [M, out]
-    n = slices(W, x.shape[1])
-    for at, w in zip(y.split(n, 1), W.split(n)):
-        w = scratch("weight", *w.shape).copy_(w)  # [n, in]
-        at.copy_(torch.mm(w, x, out=scratch("product", len(w), x.shape[1])).T)  # W on the left: faster for few rows
-    return y
-
-
-def wide_gradients(g: Tensor, x: Tensor, W: Tensor, dW: Tensor | None) -> Tensor:
-    """Gradient g [M, out] of x W^T -> that of x [M, in]; that of W is added to dW, where there is one."""
-    dx, n = torch.zeros_like(x, dtype=torch.float32), slices(W, len(x))  # [M, in]
-    x = x if dW is None else x.float()
-    for i, (at, w) in enumerate(zip(g.split(n, -1), W.split(n))):
-        at = scratch("gradient", *at.shape).copy_(at)  # [M, n]
-        dx.addmm_(at, scratch("weight", *w.shape).copy_(w))
-        if dW is not None:
-            dW[n * i:n * (i + 1)] += torch.mm(at.T, x, out=scratch("product", *w.shape))  # [n, in]
-    return dx.to(W.dtype)
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, W):
-        ctx.save_for_backward(x, W)
-        return wide_product(x, W, x.dtype)
-
-    @staticmethod
-    def backward(ctx, g):
-        x, W = ctx.saved_tensors
-        dW = torch.zeros_like(W) if ctx.needs_input_grad[1] else None
-        return wide_gradients(g, x, W, dW), dW
-
-
-PACKED: dict[int, Tensor] = {}  # address of a weight -> that weight in an order of oneDNN's own; filled by `packed`
-
-
-def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
-    """F.linear(x, W, b): x [..., in], W [out, in], b [out] -> [..., out], in whatever way this machine does it best."""
-    if PACKED and W.data_ptr() in PACKED:
-        return torch.ops.mkldnn._linear_pointwise(x, PACKED[W.data_ptr()], b, "none", [], "")
-    rows = x.numel() // x.shape[-1]
-    if not widen(x) or rows <= 2:
-        return F.linear(x, W, b)
-    y = _Product.apply(x.reshape(rows, -1), W).view(*x.shape[:-1], -1)  # [..., out]
-    return y if b is None else y + b
-
-
-@contextmanager
-def packed(weights: Iterable[Tensor], rows: int, times: int) -> Iterator[None]:
-    """Inside, `linear` with these weights [out, in] reads them up to three times as fast. They must not change there.
-
-    A word for each of a few rows costs one reading of all weights, and on a CPU F.linear reads rows of them at a
-    quarter of what memory gives. oneDNN has an order of its own that it reads at about half of it; bringing W into it
-    costs a copy, and the time of some ten products. So it is done for `times` products of few `rows`, and for
-    matrices that do not stay in the cache anyway. Only without gradients, which need W itself.
-    """
-    if times >= 16 and rows <= 128 and torch.backends.mkldnn.is_available():
-        for W in weights:
-            if W.device.type == "cpu" and W.numel() > 2 ** 18 and (
-                    W.dtype == torch.float32 or W.dtype == torch.bfloat16 and not NARROW_IS_SLOW):
-                PACKED[W.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(W.detach(), rows)
-    try:
-        yield
-    finally:
-        PACKED.clear()
+from products import linear, widen
 
 
 class Linear(nn.Linear):

@@ -57,8 +57,8 @@ def tidy(model) -> None:
     """Give memory back to the system before each layer's backward pass, where the C library is glibc.
 
     Gradients that stay lie between large blocks that live for a moment, and glibc rarely puts aligned memory into a
-    hole again: over many layers the heap would grow by half of the weights. Blocks above 8 MiB get pages of their own,
-    and of what is free on the heap the pages go back. Fresh pages cost time, so this is for runs that lack memory.
+    hole again, so the heap grows from layer to layer. Blocks above 8 MiB get pages of their own, and of what is free
+    on the heap the pages go back. Fresh pages cost time, so this is for runs that lack memory.
     """
     try:
         libc = ctypes.CDLL(None)

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -26,8 +25,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from folder import SIDECARS, Config, find_folder, read_config, read_json, write_files
-from layers import Layer, Lfm2Layer, Linear, RMSNorm, linear, packed, rope_table, wide_gradients, wide_product, widen
+from layers import Layer, Lfm2Layer, Linear, RMSNorm, rope_table
 from lora import add_lora, effective_weight, load_adapters, merge_lora, save_adapters
+from products import linear, packed, to_logits, wide_gradients, widen
 
 __all__ = ["Cache", "Config", "Transformer", "add_lora", "linear", "load", "load_adapters", "merge_lora", "pad",
            "read_config", "save", "save_adapters", "to_logits", "token_logprobs"]
@@ -94,7 +94,7 @@ class Transformer(nn.Module):
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def packed(self, rows: int, times: int):
-        """Inside, products with the model's large matrices are fast for few rows (`layers.packed`)."""
+        """Inside, products with the model's large matrices are fast for few rows (`products.packed`)."""
         return packed((*(m.weight for m in self.modules() if isinstance(m, Linear)), self.head), rows, times)
 
     @contextmanager
@@ -144,20 +144,16 @@ class Transformer(nn.Module):
             # A padded query would see no key at all, and a softmax over nothing is NaN: let it see itself.
             itself = torch.eye(T, S, dtype=torch.bool, device=device).roll(done, 1)  # [T, S]
             allowed = (causal & cache.own_mask[:, None] | itself)[:, None]  # [N, 1, T, S]
-        # The head gives a tied matrix a dense gradient anyway, and a sparse one is added to that row by row, where each
-        # dense one would be as large as the vocabulary. (Apple's GPU has no sparse tensors.)
-        sparse = self.config.tie_word_embeddings and device.type != "mps"
-        x = F.embedding(tokens, self.embed_tokens.weight, sparse=sparse)  # [N, T, D]
+        x = self.embed_tokens(tokens)  # [N, T, D]
         rope = rope_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)  # 2 x [N, T, 1, hd]
         if self.checkpointing and torch.is_grad_enabled() and not x.requires_grad:
             x.requires_grad_()  # with a frozen embedding nothing else tells `checkpoint` that a gradient is wanted
         own = []
         for i, layer in enumerate(self.layers):
             prompt = cache.shared[i] if cache.shared else ()  # (k, v) or (last values,), the same for `past`
-            past = cache.own[i] if cache.own else ()
+            past, n = cache.own[i] if cache.own else (), len(prompt)
 
-            def run(x, *read, layer=layer, prompt=prompt):
-                n = len(prompt)
+            def run(x, *read, layer=layer, n=n):
                 shared = (*read[:n], cache.shared_mask) if n else None
                 x, kv = layer(x, rope, allowed, mask, shared, read[n:] or None)
                 return x, *kv
@@ -178,11 +174,6 @@ def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     lengths = torch.tensor([len(r) for r in rows], device=padded.device)
     return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
-
-
-def to_logits(h: Tensor, head: Tensor) -> Tensor:
-    """States [n, D] and output matrix [V, D] -> logits [n, V], float32 (float64 stays)."""
-    return wide_product(h, head) if widen(h) else linear(h, head).to(torch.promote_types(h.dtype, torch.float32))
 
 
 # --- log-probabilities without the [T, V] tensor ----------------------------------------------------------------------

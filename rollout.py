@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import hub
-from model import Cache, Transformer, linear, pad
+from model import Cache, Transformer, pad, to_logits
 
 TINY = Path(__file__).parent / "tiny"  # the embedded model and its posts
 
@@ -289,7 +289,7 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
     cache = Cache()
     hidden = model.hidden(padded, cache, None if equal else mask)  # [B, P, D]
     last = hidden[torch.arange(B, device=device), mask.sum(1) - 1]  # [B, D]
-    logits = linear(last, model.head).repeat_interleave(G, 0)  # [N, V]: each prompt's head runs once
+    logits = to_logits(last, model.head).repeat_interleave(G, 0)  # [N, V]: each prompt's head runs once
     cache.share(G)
 
     tokens = torch.zeros(B * G, max_new_tokens, dtype=torch.long, device=device)  # [N, T]
@@ -326,7 +326,7 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
                 index = (keep[:, None] * alive.shape[1] + order).flatten()
                 cache.keep(keep, index)
                 rows, token, alive = rows[index], token[index], alive[keep].gather(1, order)
-            logits = linear(model.hidden(token[:, None], cache)[:, 0], model.head)  # [rows, V]
+            logits = to_logits(model.hidden(token[:, None], cache)[:, 0], model.head)  # [rows, V]
 
     mask = torch.arange(max_new_tokens, device=device) < length[:, None]  # [N, T]
     groups = []

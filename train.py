@@ -129,7 +129,7 @@ def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:
         for layer in {*model.layers, *(reference.layers if reference else ())}:
             layer.compile(dynamic=True)
     elif config.checkpointing:
-        memory.tidy(model)
+        memory.tidy(model)  # not when compiled: torch.compile cannot look into what it calls
     memory.rehearse(model, reference, longest, config, free)
     optimizer = make_optimizer(config, model)
     step = load_checkpoint(folder, model, optimizer) if resume else 0

@@ -3,7 +3,7 @@
     pip install -r tests/requirements.txt
     python tests/bench.py rewards             # a minute
     python tests/bench.py squish 4 1000       # of a model of 4 layers, on a document of 1,000 tokens: some minutes
-    python tests/bench.py squish 4 1000 bfloat16   # the same in the type that the model is published in
+    python tests/bench.py squish 4 500 bfloat16    # in the type that the model is published in
     python tests/bench.py squish 28 2000 ours # of all 28, without the peer, which does not fit into 24 GiB
     python tests/bench.py sampling small      # 8 x 64 tokens after a prompt of 384, in seconds; or some rows:
     python tests/bench.py sampling 0.5b "ours, float32" "transformers, float32"

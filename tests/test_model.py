@@ -6,6 +6,7 @@ or rotation cannot hide behind an initial 0 or 1.
 """
 
 import json
+import math
 import os
 import shutil
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import layers
+import products
 from model import Cache, Transformer, add_lora, load, pad, read_config, save, token_logprobs
 from tests.helpers import (
     assert_same,
@@ -775,7 +776,7 @@ def test_a_hub_name_that_can_be_had_is_its_local_copy(whole, monkeypatch):
 
 def bf16_losses(monkeypatch, slow, family="qwen2"):
     """Log-probabilities of a bfloat16 model on 40 tokens, and all its gradients."""
-    monkeypatch.setattr(layers, "NARROW_IS_SLOW", slow)
+    monkeypatch.setattr(products, "NARROW_IS_SLOW", slow)
     model, x = tiny_model(family, dtype=torch.bfloat16, vocab_size=5000), tokens(2, 40, vocab=5000)
     logp, _ = token_logprobs(model, model.hidden(x[:, :-1]), x[:, 1:], chunk=50)
     return logp.detach(), gradients(model, logp.sum())
@@ -785,7 +786,7 @@ def bf16_losses(monkeypatch, slow, family="qwen2"):
 def test_products_of_bfloat16_made_in_float32_are_as_good(family, monkeypatch):
     """Against float64 with the same weights, widened products are about as far off as bfloat16's own, for values and
     for every gradient, W being widened 30 rows at a time."""
-    monkeypatch.setattr(layers, "slices", lambda W, rows: 30)
+    monkeypatch.setattr(products, "slices", lambda W, rows: 30)
     model, x = tiny_model(family, dtype=torch.bfloat16, vocab_size=5000).double(), tokens(2, 40, vocab=5000)
     exact_logp, _ = token_logprobs(model, model.hidden(x[:, :-1]), x[:, 1:], chunk=50)
     exact = gradients(model, exact_logp.sum())
@@ -802,29 +803,29 @@ def test_products_of_bfloat16_made_in_float32_are_as_good(family, monkeypatch):
 def test_a_widened_product_is_exact_before_it_is_rounded(monkeypatch):
     """Small whole numbers: their products and sums are exact in float32, and only the last rounding is left. W is
     widened in three slices, the last of them shorter."""
-    monkeypatch.setattr(layers, "NARROW_IS_SLOW", True)
-    monkeypatch.setattr(layers, "slices", lambda W, rows: 4000)
+    monkeypatch.setattr(products, "NARROW_IS_SLOW", True)
+    monkeypatch.setattr(products, "slices", lambda W, rows: 4000)
     g = torch.Generator().manual_seed(0)
     x, W, dy = (torch.randint(-8, 9, shape, generator=g).to(torch.bfloat16)
                 for shape in ((50, 16), (9000, 16), (50, 9000)))
     x.requires_grad_(), W.requires_grad_()
-    y = layers.linear(x.view(5, 10, 16), W)
+    y = products.linear(x.view(5, 10, 16), W)
     assert torch.equal(y.view(50, 9000), (x.double() @ W.double().T).bfloat16())
     dx, dW = torch.autograd.grad(y, (x, W), dy.view(5, 10, 9000))
     assert torch.equal(dx, (dy.double() @ W.double()).float().bfloat16())
     assert torch.equal(dW, (dy.double().T @ x.double()).bfloat16())
     b = torch.ones(9000, dtype=torch.bfloat16)
-    assert torch.equal(layers.linear(x, W, b), y.view(50, 9000) + b)
-    assert torch.equal(layers.linear(x[:3], W), F.linear(x[:3], W))  # few rows go the usual way
+    assert torch.equal(products.linear(x, W, b), y.view(50, 9000) + b)
+    assert torch.equal(products.linear(x[:3], W), F.linear(x[:3], W))  # few rows go the usual way
     frozen = W.detach()
-    dx, = torch.autograd.grad(layers.linear(x, frozen), x, dy)
+    dx, = torch.autograd.grad(products.linear(x, frozen), x, dy)
     assert torch.equal(dx, (dy.double() @ W.double()).float().bfloat16())
 
 
 def test_a_slice_is_never_large_and_never_nothing():
     for shape in ((151_936, 896), (4864, 896), (896, 4864), (3, 2 ** 23)):
         for rows in (3, 128, 129, 1776, 16_384, 2 ** 24):
-            n = layers.slices(torch.empty(shape, device="meta"), rows)
+            n = products.slices(torch.empty(shape, device="meta"), rows)
             assert n >= 1
             assert n == 1 or n * shape[1] <= 2 ** (20 if rows <= 128 else 22) and n * rows <= 2 ** 23
 
@@ -835,34 +836,59 @@ def test_a_slice_is_never_large_and_never_nothing():
 def test_packed_products_are_the_same(rows, dtype):
     """The same numbers in the same places, bias and leading sizes included, whatever number of rows was announced; and
     the weights themselves again afterwards."""
-    if dtype == torch.bfloat16 and layers.NARROW_IS_SLOW:
-        pytest.skip("no bfloat16 units: such weights are never packed here")
+    if dtype == torch.bfloat16 and products.NARROW_IS_SLOW and torch.backends.quantized.engine not in ("x86", "fbgemm"):
+        pytest.skip("no bfloat16 units and no FBGEMM: such weights are never packed here")
     g = torch.Generator().manual_seed(0)
-    W, V, b = (torch.randn(n, generator=g).to(dtype) for n in ((1024, 300), (40, 300), (1024,)))
+    W, V, b = (torch.randn(n, generator=g).to(dtype) for n in ((14_500, 300), (40, 300), (14_500,)))
     x = torch.randn(rows, 2, 300, generator=g).to(dtype)
-    close = {"rtol": 0, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.01, "atol": 0.2}
-    with layers.packed([W, V], 16, 16):
-        assert list(layers.PACKED) == [W.data_ptr()]  # the other stays in the cache anyway
-        assert torch.equal(layers.linear(x, V), F.linear(x, V))
+    close = {"rtol": 0, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2 ** -7, "atol": 1e-3}
+    with products.packed([W, V], 16, 16):
+        assert list(products.PACKED) == [W.data_ptr()]  # the other stays in the cache anyway
+        torch.testing.assert_close(products.linear(x, V), F.linear(x.double(), V.double()).to(dtype), **close)
         for bias in (None, b):
-            y = layers.linear(x, W, bias)
-            assert y.shape == (rows, 2, 1024) and y.is_contiguous() and y.dtype == dtype
-            torch.testing.assert_close(y, F.linear(x.double(), W.double(), bias if bias is None else b.double()).to(
-                dtype), **close)
-    assert not layers.PACKED
+            y = products.linear(x, W, bias)
+            assert y.shape == (rows, 2, 14_500) and y.is_contiguous() and y.dtype == dtype
+            exact = F.linear(x.double(), W.double(), bias if bias is None else b.double())
+            torch.testing.assert_close(y, exact.to(dtype), **close)
+        z = products.to_logits(x, W)
+        assert z.dtype == torch.float32
+        if dtype == torch.float32 or products.NARROW_IS_SLOW:  # then logits are not rounded to bfloat16 on the way
+            torch.testing.assert_close(z.double(), F.linear(x.double(), W.double()), rtol=0, atol=1e-4)
+    assert not products.PACKED
     W.zero_()
-    assert not layers.linear(x, W).any()
+    assert not products.linear(x, W).any()
+
+
+@torch.no_grad()
+@pytest.mark.skipif(torch.backends.quantized.engine not in ("x86", "fbgemm"), reason="FBGEMM is for x86")
+def test_a_float16_copy_stands_for_bfloat16_weights_only_where_it_can(monkeypatch):
+    """Every bfloat16 from 2^-17 to 65504 is a float16; smaller ones may lose 2^-25, and larger ones are not packed."""
+    monkeypatch.setattr(products, "NARROW_IS_SLOW", True)
+    every = torch.arange(2 ** 15, dtype=torch.int16).view(torch.bfloat16)  # all that are not negative
+    W = every[(every.float() >= 2.0 ** -17) & (every.float() <= 65504)]
+    W = torch.cat([W, -W, torch.tensor([2.0 ** -30, 1.01 * 2.0 ** -20, 0.0]).bfloat16()])
+    W = W.repeat(2 ** 19 // len(W))[:, None].contiguous()  # [out, 1]
+    with products.packed([W], 8, 64):
+        assert products.PACKED
+        y = products.to_logits(torch.ones(1, 1, dtype=torch.bfloat16), W)[0]  # [out]
+    exact = W[:, 0].float()
+    assert torch.equal(y[exact.abs() >= 2 ** -17], exact[exact.abs() >= 2 ** -17])
+    assert (y - exact).abs().max() <= 2 ** -25 and y[exact == 0].eq(0).all()
+    for large in (65536, -65536, math.inf, math.nan):
+        W[77] = large
+        with products.packed([W], 8, 64):
+            assert not products.PACKED
 
 
 def test_packing_is_for_long_completions_of_few_rows_and_ends_with_an_error():
     W = torch.randn(1024, 300)
     for rows, times in ((129, 64), (8, 15)):
-        with layers.packed([W], rows, times):
-            assert not layers.PACKED
-    with pytest.raises(KeyError), layers.packed([W], 128, 16):
-        assert layers.PACKED
+        with products.packed([W], rows, times):
+            assert not products.PACKED
+    with pytest.raises(KeyError), products.packed([W], 128, 16):
+        assert products.PACKED
         raise KeyError
-    assert not layers.PACKED
+    assert not products.PACKED
 
 
 @pytest.mark.parametrize("family, tied", [("qwen2", True), ("llama", False), ("lfm2", True)])
@@ -876,5 +902,5 @@ def test_a_packed_model_says_the_same(family, tied):
     with torch.no_grad():
         plain = model(x)
         with model.packed(8, 64):
-            assert list(layers.PACKED) == [model.head.data_ptr()]
+            assert list(products.PACKED) == [model.head.data_ptr()]
             torch.testing.assert_close(model(x), plain, rtol=0, atol=1e-5)

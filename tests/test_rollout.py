@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils.chat_template_utils import render_jinja_template
 
-import layers
+import products
 from grpo import group_logprobs
 from model import read_config, save
 from rollout import Post, choose_template, draw, load_posts, render, sample, tokenize
@@ -601,9 +601,9 @@ def test_long_completions_are_sampled_with_packed_weights(monkeypatch):
     """Inside the loop, and not before or after it; the same tokens as without."""
     model, seen = tiny_model("qwen2", vocab_size=9000), []
     real = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda *args: seen.append(len(layers.PACKED)) or real(*args))
+    monkeypatch.setattr(model, "hidden", lambda *args: seen.append(len(products.PACKED)) or real(*args))
     group, = sample(model, [[1, 2, 3]], 4, 20, stop_ids=[])
-    assert seen == [0] + [1] * 19 and not layers.PACKED  # the prompt's pass, then a token at a time: the head is packed
+    assert seen == [0] + [1] * 19 and not products.PACKED  # the prompt, then a token at a time: the head is packed
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     plain, = sample(model, [[1, 2, 3]], 4, 20, stop_ids=[])
     assert set(seen[20:]) == {0} and torch.equal(group.tokens, plain.tokens)
