@@ -71,33 +71,50 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, shared=None)
     q [N, H, T, hd]; k, v [N, K, S, hd]; allowed [N or 1, 1, T, S] bool, None when every key may be seen;
     shared = (k [B, K, P, hd], v, mask [B, P] or None). Returns [N, H, T, hd].
 
-    The G rows of a group ask the same prompt keys, so their queries are laid side by side and meet one copy of them:
-    [G*R*T, hd] x [hd, P] is one large product, where G copies of the keys would be G small ones and G times the memory.
-    Both kinds of scores then share one softmax, which makes this equal to plain attention over prompt + own tokens.
+    In training a row asks many questions, and PyTorch's fused attention never writes the scores [T, P+S] down: they
+    would be larger than what it wants for that, a copy of the prompt's keys for each row, before the row's own.
     """
     if widen(q):
         shared = shared and (shared[0].float(), shared[1].float(), shared[2])
         return attend(q.float(), k.float(), v.float(), allowed, shared).to(q.dtype)
-    if shared is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=q.shape[1] != k.shape[1])
-    (N, H, T, hd), (_, K, S, _), (pk, pv, pmask) = q.shape, k.shape, shared
-    B, P = pk.shape[0], pk.shape[2]
+    (N, H, T, hd), (_, K, S, _) = q.shape, k.shape
+    if shared is not None and T == 1:
+        return attend_once(q, k, v, allowed, *shared)
+    if shared is not None:
+        (B, _, P, _), prompt_mask = shared[0].shape, shared[2]
+        k, v = (torch.cat([p[:, None].expand(B, N // B, K, P, hd), own.reshape(B, N // B, K, S, hd)], 3).flatten(0, 1)
+                for p, own in zip(shared, (k, v)))  # [N, K, P+S, hd] each
+        seen = torch.ones(B, P, dtype=torch.bool, device=q.device) if prompt_mask is None else prompt_mask  # [B, P]
+        seen = seen.repeat_interleave(N // B, 0)[:, None, None].expand(N, 1, T, P)
+        allowed = seen.new_ones(1, 1, T, S) if allowed is None else allowed
+        allowed = torch.cat([seen, allowed.expand(N, 1, T, S)], 3)  # [N, 1, T, P+S]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=H != K)
+
+
+def attend_once(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, pk: Tensor, pv: Tensor,
+                pmask: Tensor | None) -> Tensor:
+    """`attend` for one token of each row, as in sampling, where a copy of the prompt for each row would cost the most.
+
+    The G rows of a group ask the same prompt keys, so their queries are laid side by side and meet one copy of them:
+    [G*R, hd] x [hd, P] is one large product. Both kinds of scores then share one softmax, which makes this equal to
+    plain attention over prompt + own tokens.
+    """
+    (N, H, _, hd), (_, K, S, _), (B, _, P, _) = q.shape, k.shape, pk.shape
     G, R = N // B, H // K
-    q = q.view(N, K, R * T, hd) * hd ** -0.5
-    own = q @ k.transpose(-1, -2)  # [N, K, R*T, S]
+    q = q.view(N, K, R, hd) * hd ** -0.5
+    own = q @ k.transpose(-1, -2)  # [N, K, R, S]
     if allowed is not None:
-        own = own.view(N, K, R, T, S).masked_fill(~allowed[:, :, None], -torch.inf)
-    own = own.reshape(B, G, K, R * T, S).transpose(1, 2)  # [B, K, G, R*T, S]
-    grouped = q.view(B, G, K, R * T, hd).transpose(1, 2).reshape(B, K, G * R * T, hd)
-    prompt = grouped @ pk.transpose(-1, -2)  # [B, K, G*R*T, P]
+        own = own.masked_fill(~allowed, -torch.inf)  # allowed [N or 1, 1, 1, S]
+    own = own.reshape(B, G, K, R, S).transpose(1, 2)  # [B, K, G, R, S]
+    grouped = q.view(B, G, K, R, hd).transpose(1, 2).reshape(B, K, G * R, hd)
+    prompt = grouped @ pk.transpose(-1, -2)  # [B, K, G*R, P]
     if pmask is not None:
         prompt = prompt.masked_fill(~pmask[:, None, None], -torch.inf)
-    scores = torch.cat([prompt.view(B, K, G, R * T, P), own], -1)  # [B, K, G, R*T, P+S]
+    scores = torch.cat([prompt.view(B, K, G, R, P), own], -1)  # [B, K, G, R, P+S]
     weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-    wp, wo = weights.split([P, S], -1)  # [B, K, G, R*T, P], [B, K, G, R*T, S]
-    out = (wp.reshape(B, K, G * R * T, P) @ pv).view(B, K, G, R * T, hd).transpose(1, 2)  # [B, G, K, R*T, hd]
-    out = out.reshape(N, K, R * T, hd) + wo.transpose(1, 2).reshape(N, K, R * T, S) @ v  # [N, K, R*T, hd]
-    return out.reshape(N, H, T, hd)
+    wp, wo = weights.split([P, S], -1)  # [B, K, G, R, P], [B, K, G, R, S]
+    out = (wp.reshape(B, K, G * R, P) @ pv).view(B, K, G, R, hd).transpose(1, 2).reshape(N, K, R, hd)
+    return (out + wo.transpose(1, 2).reshape(N, K, R, S) @ v).reshape(N, H, 1, hd)
 
 
 class Attention(nn.Module):

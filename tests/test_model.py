@@ -360,6 +360,10 @@ def test_completions_may_be_padded_too(family):
         hidden = model.hidden(padded, cache.share(2), mask)  # [2, 5, D]
         for i, row in enumerate(rows):
             assert_same(hidden[i][mask[i]], model.hidden(torch.cat([prompt[0], row])[None])[0, 6:], 1e-10)
+        token = tokens(2, 1, seed=9)  # [2, 1]: one word each, as in sampling, with padding in both rows' past
+        after = model.hidden(token, cache)[:, 0]  # [2, D]
+        for i, row in enumerate(rows):
+            assert_same(after[i], model.hidden(torch.cat([prompt[0], row, token[i]])[None])[0, -1], 1e-10)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "lfm2"])

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import products
+import rollout
 from grpo import group_logprobs
 from model import read_config, save
 from rollout import Post, choose_template, draw, load_posts, render, sample, tokenize
@@ -607,3 +608,15 @@ def test_long_completions_are_sampled_with_packed_weights(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     plain, = sample(model, [[1, 2, 3]], 4, 20, stop_ids=[])
     assert set(seen[20:]) == {0} and torch.equal(group.tokens, plain.tokens)
+
+
+@pytest.mark.parametrize("tokens", [4, 20], ids=["plain", "packed"])
+def test_a_bfloat16_model_draws_from_logits_that_are_not_rounded_again(tokens, monkeypatch):
+    """The trainer's logits are float32 too, where bfloat16 is widened; rounded ones would be another policy's."""
+    monkeypatch.setattr(products, "NARROW_IS_SLOW", True)
+    seen, real = [], rollout.draw
+    monkeypatch.setattr(rollout, "draw", lambda logits, *args: seen.append(logits) or real(logits, *args))
+    sample(tiny_model("qwen2", vocab_size=9000, dtype=torch.bfloat16), [[1, 2, 3]], 4, tokens, stop_ids=[])
+    assert len(seen) == tokens
+    for logits in seen:
+        assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
