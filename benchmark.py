@@ -32,7 +32,8 @@ from eval import Config, ask, find_model, opened, parse_budgets, room_for, write
 from experiment import interval
 from folder import find_folder, write_file
 from model import load
-from rollout import REQUEST, TEMPLATES, Post, fill, load_posts
+from posts import Post, load_posts
+from rollout import REQUEST, TEMPLATES, fill
 from squish import CLOSE, TEMPLATE, UNITS, allowance, cut, extract, fits, size, squish
 
 PROMPT_VERSION = hashlib.sha256((REQUEST + TEMPLATES["tagged"] + TEMPLATES["notes"]).encode()).hexdigest()[:8]

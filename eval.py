@@ -19,8 +19,9 @@ import numpy as np
 
 from folder import read_json, write_file
 from model import load
+from posts import TINY, Post, has_splits, load_posts, load_split
 from rewards import bleu, copy_rate, distinct, meteor, repetition, rouge_l, templated
-from rollout import TEMPLATES, TINY, Group, Post, choose_template, has_splits, load_posts, load_split, sample, tokenize
+from rollout import TEMPLATES, Group, choose_template, sample, tokenize
 from squish import CLOSE, allowance, encode, ensemble, extract, fits, size
 
 

@@ -32,8 +32,8 @@ import torch
 from eval import Config, evaluate, read_lines, within
 from folder import read_json, write_file
 from model import load
+from posts import TINY, load_posts
 from rewards import own_share
-from rollout import TINY, load_posts
 from words import find_wordnet
 
 QUALITIES = ("rouge_l", "meteor", "bleu", "rouge_l+meteor", "rouge_l+bleu", "meteor+bleu", "rouge_l+meteor+bleu")

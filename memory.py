@@ -54,7 +54,7 @@ def limit(device: str) -> int:
 
 
 def tidy(model) -> None:
-    """Give memory back to the system before each layer's backward pass, where the C library is glibc.
+    """Give free memory back to the system before each layer's backward pass, where the C library is glibc.
 
     Gradients that stay lie between large blocks that live for a moment, and glibc rarely puts aligned memory into a
     hole again, so the heap grows from layer to layer. Blocks above 8 MiB get pages of their own, and of what is free
@@ -68,7 +68,9 @@ def tidy(model) -> None:
         return  # musl, macOS, Windows
 
     def give_back(layer, args):
-        if torch.is_grad_enabled():  # under checkpointing: just before the layer is differentiated
+        # Under checkpointing, gradients are on just before the layer is differentiated. And where a pass over more than
+        # a token begins, what sampling has held is free.
+        if torch.is_grad_enabled() or layer is model.layers[0] and args[0].shape[1] > 1:
             libc.malloc_trim(0)
 
     for layer in model.layers:
@@ -95,7 +97,7 @@ def is_full(e: BaseException) -> bool:
 def rehearse(model, reference, longest: list, config, free: int = 0) -> None:
     """The largest step that a run can take, thrown away: nothing of the model, and no random number, is changed.
 
-    `longest`: the prompts [P_b] of the largest batch that may come. A tenth of the `free` bytes is kept out of it: real
+    `longest`: the prompts [P_b] of the largest batch that may come. A fifth of the `free` bytes is kept out of it: real
     steps also hold texts and scores, and memory has holes. Raises Full: what does not fit, which flag makes it smaller,
     and for the micro-batch, the size that does fit.
     """
@@ -116,7 +118,7 @@ def rehearse(model, reference, longest: list, config, free: int = 0) -> None:
     P = max(map(len, prompts))
     tokens = torch.ones(G, T, dtype=torch.long, device=device)  # [G, T]
     groups = [Group(p, tokens, tokens.bool(), tokens.float(), tokens[:, 0].bool(), []) for p in prompts]
-    _aside = torch.empty(free // 10, dtype=torch.uint8)  # promised to us, and never touched
+    _aside = torch.empty(free // 5, dtype=torch.uint8)  # promised to us, and never touched
     moments: list = []  # two and a gradient, each as large as what is trained
 
     def optimize():

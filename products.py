@@ -8,7 +8,6 @@ Shapes: M rows, `in` and `out` features of a weight W [out, in].
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -105,20 +104,17 @@ def packed(weights: Iterable[Tensor], rows: int, times: int) -> Iterator[None]:
 
     A word for each of a few rows costs one reading of all weights, and on a CPU F.linear reads rows of them at a
     quarter of what memory gives. Libraries have orders of their own that they read at about half of it; bringing W
-    into one costs a copy, and the time of some ten products. So it is done for `times` products of few `rows`, and for
-    matrices that do not stay in the cache anyway. Only without gradients, which need W itself.
+    into one costs a copy, and the time of ten to thirty products. So it is done for `times` products of few `rows`, and
+    for matrices that do not stay in the cache anyway. Only without gradients, which need W itself.
     """
-    if times >= 16 and rows <= 128:
-        large = [W.detach() for W in weights if W.device.type == "cpu" and W.numel() > 2 ** 18]
-        large.sort(key=Tensor.numel, reverse=True)  # no thread is left alone with the vocabulary at the end
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # FBGEMM packs with one thread
-            for W, product in zip(large, pool.map(_packed, large, [rows] * len(large))):
-                if product:
-                    PACKED[W.data_ptr()] = product
     try:
+        for W in weights if times >= 16 and rows <= 128 else ():
+            product = W.device.type == "cpu" and W.numel() > 2 ** 18 and _packed(W.detach(), rows)
+            if product:
+                PACKED[W.data_ptr()] = product
         yield
     finally:
-        PACKED.clear()
+        PACKED.clear()  # also when memory ends while packing: a copy that stays would be of weights that change
 
 
 def _packed(W: Tensor, rows: int) -> Callable | None:

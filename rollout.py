@@ -1,4 +1,4 @@
-"""Posts in, groups of completions out: the half of reinforcement learning in which the policy acts.
+"""Prompts in, groups of completions out: the half of reinforcement learning in which the policy acts.
 
 A group is one prompt with G sampled answers. The prompt goes through the model once and its keys and values serve all
 G rows; rows that have said their stop token leave the batch; what the sampler believed (`logp`) is kept, because it is
@@ -7,135 +7,21 @@ the only honest record of the policy that acted.
 Shapes: B prompts, G completions a prompt, N = B*G rows, P prompt tokens, T completion tokens, V vocabulary.
 """
 
-import gzip
-import json
 import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-import hub
 from model import Cache, Transformer, pad, to_logits
+from posts import Post, load_posts
 
-TINY = Path(__file__).parent / "tiny"  # the embedded model and its posts
-
-# --- posts ------------------------------------------------------------------------------------------------------------
-
-# The names under which the usual data sets keep the two texts, in the order in which they are looked for.
-DOCUMENT_FIELDS = ("document", "post", "prompt", "article", "text", "body", "content")
-REFERENCE_FIELDS = ("reference", "summary", "completion", "tldr", "highlights")
-
-
-@dataclass(frozen=True)
-class Post:
-    """A text to summarise, its author's or editor's own summary ("" where there is none), and a name for messages."""
-
-    document: str
-    reference: str
-    id: str
-
-
-def load_posts(source: str | Path, split: str = "train", document: str | None = None, reference: str | None = None,
-               max_posts: int = 0, min_chars: int = 0) -> list[Post]:
-    """`tiny`, a folder with `SPLIT.jsonl[.gz]` in it, one `.jsonl[.gz]` file (whatever the split), or a data set of the
-    hub, `owner/name` or `owner/name/config`, which is fetched once -> posts.
-
-    One JSON object a line; `document` and `reference` name its fields where they are not among the usual ones. Only
-    posts whose document has at least `min_chars` characters, and of them the first `max_posts` (0: all).
-    Raises OSError or ValueError with file and line for whatever cannot be read: a post left out silently would shift
-    every batch after it.
-    """
-    path = TINY if str(source) == "tiny" else Path(source).expanduser()
-    if on_hub(source):
-        def counts(row: dict) -> bool:
-            text = row.get(document or next((f for f in DOCUMENT_FIELDS if f in row), None))
-            return not isinstance(text, str) or len(text.strip()) >= min_chars  # what is no text is named below
-
-        path = hub.fetch(str(source), split, max_posts, counts, f"-min-{min_chars}" if min_chars else "")
-    if path.is_dir():
-        found = [f for s in hub.spellings(split) for f in (path / f"{s}.jsonl", path / f"{s}.jsonl.gz") if f.exists()]
-        if not found:
-            raise FileNotFoundError(f"{path} has no {split}.jsonl or {split}.jsonl.gz: one JSON object a line, "
-                                    f"with the fields document and summary.")
-        path = found[0]
-    if not path.exists():
-        raise FileNotFoundError(f"There is no {path}: --data takes 'tiny', a folder with train.jsonl and test.jsonl, "
-                                f"a .jsonl or .jsonl.gz file, or a data set of the hub, owner/name.")
-    posts = []
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    post = _post(line, f"{path} line {number}", number, document, reference, min_chars)
-                    posts += [post] if post else []
-                if max_posts and len(posts) == max_posts:
-                    break
-    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} breaks off or is not text after {len(posts)} posts ({e}): copy it again.") from e
-    if not posts:
-        raise ValueError(f"{path} holds no posts{f' of at least {min_chars} characters' if min_chars else ''}.")
-    return posts
-
-
-def on_hub(source: str | Path) -> bool:
-    """A name like a hub data set's, and nothing of that name here."""
-    return bool(hub.NAME.fullmatch(str(source))) and not Path(source).expanduser().exists()
-
-
-def has_splits(source: str) -> bool:
-    """Whether `source` brings a split for training and others for testing; a single file does not."""
-    return source == "tiny" or on_hub(source) or Path(source).expanduser().is_dir()
-
-
-def load_split(data: str, eval_data: str = "", max_posts: int = 0,
-               min_chars: int = 0) -> tuple[list[Post], list[Post]]:
-    """Posts to train on, and posts held out: `eval_data`, the data's own val or test split, or a file's last tenth."""
-    which = {"max_posts": max_posts, "min_chars": min_chars}
-    posts = load_posts(data, "train", **which)
-    if eval_data:
-        return posts, load_posts(eval_data, "test", **which)
-    if has_splits(data):
-        try:
-            return posts, load_posts(data, "val", **which)
-        except FileNotFoundError:
-            return posts, load_posts(data, "test", **which)
-    if len(posts) < 10:
-        raise ValueError(f"{data} has only {len(posts)} posts, too few to hold some out: give --eval-data.")
-    return posts[:-(len(posts) // 10)], posts[-(len(posts) // 10):]
-
-
-def _post(line: str, where: str, number: int, document: str | None, reference: str | None, min_chars: int):
-    """A line of a file -> the Post, or None where its document is shorter than `min_chars`."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{where} is not valid JSON ({e}): mend or delete that line.") from e
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} is not a JSON object: write {{\"document\": ..., \"summary\": ...}}.")
-    d = document or next((f for f in DOCUMENT_FIELDS if f in row), None)
-    r = reference or next((f for f in REFERENCE_FIELDS if f in row and f != d), None)
-    text, summary = row.get(d), row.get(r) or ""
-    if isinstance(text, str) and len(text.strip()) < min_chars:
-        return None
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where} has no text in the field '{d or DOCUMENT_FIELDS[0]}': its fields are "
-                         f"{', '.join(row) or 'none'}. Mend the line, name the field that holds the text, or leave "
-                         f"empty posts out with --min-chars 1.")
-    if not isinstance(summary, str) or (reference and reference not in row):
-        raise ValueError(f"{where} has no summary text in the field '{r}'.")
-    try:
-        (text + summary).encode()
-    except UnicodeEncodeError as e:
-        raise ValueError(f"{where} holds half a character, which no tokenizer takes ({e}): mend that line.") from e
-    return Post(text.strip(), summary.strip(), str(row.get("id", number)))
-
+__all__ = ["TEMPLATES", "Group", "Post", "choose_template", "draw", "load_posts", "render", "sample", "tokenize"]
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
@@ -315,12 +201,12 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
             alive &= ~ends.view_as(alive)
             # The batch stays a rectangle of [prompts, rows each]: finished prompts go, and so does every column that no
             # prompt needs any more. Rows that finished early in a slow group stay as filler until it shrinks.
-            left = alive.sum(1)  # [prompts]
-            G_left = int(left.max())
-            if G_left == 0 or t + 1 == max_new_tokens:
+            left = alive.sum(1).tolist()  # rows of each prompt; the one thing a step that a GPU has to be waited for
+            keep, G_left = [b for b, n in enumerate(left) if n], max(left)  # prompts with a row that still writes
+            if not keep or t + 1 == max_new_tokens:
                 break
-            keep = left.nonzero().squeeze(1)  # prompts with a row that still writes
             if len(keep) * G_left < alive.numel():
+                keep = torch.tensor(keep, device=device)  # [prompts']
                 order = alive[keep].long().argsort(dim=1, descending=True, stable=True)  # [prompts', G]
                 order = order[:, :G_left]  # [prompts', G_left]
                 index = (keep[:, None] * alive.shape[1] + order).flatten()

@@ -43,7 +43,7 @@ import memory  # noqa: E402
 import squish as sq  # noqa: E402
 from metrics import bleu, meteor, rouge_l, words_13a  # noqa: E402
 from model import Transformer, add_lora, load, read_config, save  # noqa: E402
-from rollout import TINY  # noqa: E402
+from posts import TINY  # noqa: E402
 from words import find_wordnet  # noqa: E402
 
 torch.set_num_threads(os.cpu_count())  # the tests' helpers make it one

@@ -24,7 +24,7 @@ import rollout
 import train
 from folder import find_folder
 from model import load
-from rollout import TINY, Post, load_posts, load_split
+from posts import TINY, Post, load_posts, load_split
 from tests.helpers import disk_full_after, refusal
 from tests.loopback import Hub
 

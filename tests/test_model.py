@@ -884,7 +884,7 @@ def test_a_float16_copy_stands_for_bfloat16_weights_only_where_it_can(monkeypatc
             assert not products.PACKED
 
 
-def test_packing_is_for_long_completions_of_few_rows_and_ends_with_an_error():
+def test_packing_is_for_long_completions_of_few_rows_and_ends_with_an_error(monkeypatch):
     W = torch.randn(1024, 300)
     for rows, times in ((129, 64), (8, 15)):
         with products.packed([W], rows, times):
@@ -892,6 +892,16 @@ def test_packing_is_for_long_completions_of_few_rows_and_ends_with_an_error():
     with pytest.raises(KeyError), products.packed([W], 128, 16):
         assert products.PACKED
         raise KeyError
+    assert not products.PACKED
+
+    def full(A, rows):
+        if len(A) < len(W):
+            raise MemoryError
+        return F.linear
+
+    monkeypatch.setattr(products, "_packed", full)
+    with pytest.raises(MemoryError), products.packed([W, W[1:]], 8, 64):
+        pass
     assert not products.PACKED
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import squish as sq
 from model import add_lora, load, save
-from rollout import TEMPLATES, TINY, Post, render, sample, tokenize
+from posts import TINY, Post
+from rollout import TEMPLATES, render, sample, tokenize
 from squish import TEMPLATE, allowance, cost, cut, encode, ensemble, extract, information, penalise, squish, token_bits
 
 BOS = 1

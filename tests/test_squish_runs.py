@@ -22,7 +22,8 @@ import rewards
 import train
 from layers import Linear
 from model import load, load_adapters
-from rollout import TINY, Post, load_posts, sample
+from posts import TINY, Post, load_posts
+from rollout import sample
 from squish import CLOSE, cost, encode, extract, squish
 
 ROOT = Path(__file__).parent.parent
