@@ -156,11 +156,11 @@ def test_another_error_is_not_taken_for_a_full_memory(monkeypatch):
         memory.rehearse(tiny_model("qwen2"), None, [[1, 2, 3]], config())
 
 
-def test_the_reference_is_rehearsed_too_and_a_tenth_is_kept_aside(monkeypatch):
+def test_the_reference_is_rehearsed_too_and_a_fifth_is_kept_aside(monkeypatch):
     seen, real, empty = [], memory.group_logprobs, torch.empty
     monkeypatch.setattr(memory, "group_logprobs", lambda model, *args: seen.append(model) or real(model, *args))
     monkeypatch.setattr(torch, "empty", lambda *size, **more: seen.append(size) or empty(*size, **more))
     policy, reference = tiny_model("qwen2"), tiny_model("qwen2").requires_grad_(False)
     seen.clear()
     memory.rehearse(policy, reference, [[1, 2, 3]], config(), free=1000)
-    assert seen == [(100,), reference, policy]
+    assert seen == [(200,), reference, policy]
