@@ -84,10 +84,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, shared=None)
         (B, _, P, _), prompt_mask = shared[0].shape, shared[2]
         k, v = (torch.cat([p[:, None].expand(B, N // B, K, P, hd), own.reshape(B, N // B, K, S, hd)], 3).flatten(0, 1)
                 for p, own in zip(shared, (k, v)))  # [N, K, P+S, hd] each
-        seen = torch.ones(B, P, dtype=torch.bool, device=q.device) if prompt_mask is None else prompt_mask  # [B, P]
-        seen = seen.repeat_interleave(N // B, 0)[:, None, None].expand(N, 1, T, P)
-        allowed = seen.new_ones(1, 1, T, S) if allowed is None else allowed
-        allowed = torch.cat([seen, allowed.expand(N, 1, T, S)], 3)  # [N, 1, T, P+S]
+        allowed = torch.ones(1, 1, T, S, dtype=torch.bool, device=q.device) if allowed is None else allowed
+        if prompt_mask is None:
+            seen = allowed.new_ones(1, 1, T, P)
+        else:
+            seen = prompt_mask.repeat_interleave(N // B, 0)[:, None, None].expand(N, 1, T, P)
+        n = max(len(seen), len(allowed))  # 1 where nothing is padded: then one mask serves all rows
+        allowed = torch.cat([seen.expand(n, 1, T, P), allowed.expand(n, 1, T, S)], 3)  # [N or 1, 1, T, P+S]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=H != K)
 
 
@@ -95,25 +98,26 @@ def attend_once(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, pk: Ten
                 pmask: Tensor | None) -> Tensor:
     """`attend` for one token of each row, as in sampling, where a copy of the prompt for each row would cost the most.
 
+    q [N, H, 1, hd]; k, v [N, K, S, hd]; pk, pv [B, K, P, hd] and pmask [B, P] or None are the prompt's.
     The G rows of a group ask the same prompt keys, so their queries are laid side by side and meet one copy of them:
     [G*R, hd] x [hd, P] is one large product. Both kinds of scores then share one softmax, which makes this equal to
     plain attention over prompt + own tokens.
     """
     (N, H, _, hd), (_, K, S, _), (B, _, P, _) = q.shape, k.shape, pk.shape
     G, R = N // B, H // K
-    q = q.view(N, K, R, hd) * hd ** -0.5
+    q = q.view(N, K, R, hd) * hd ** -0.5  # [N, K, R, hd]
     own = q @ k.transpose(-1, -2)  # [N, K, R, S]
     if allowed is not None:
         own = own.masked_fill(~allowed, -torch.inf)  # allowed [N or 1, 1, 1, S]
     own = own.reshape(B, G, K, R, S).transpose(1, 2)  # [B, K, G, R, S]
-    grouped = q.view(B, G, K, R, hd).transpose(1, 2).reshape(B, K, G * R, hd)
+    grouped = q.view(B, G, K, R, hd).transpose(1, 2).reshape(B, K, G * R, hd)  # [B, K, G*R, hd]
     prompt = grouped @ pk.transpose(-1, -2)  # [B, K, G*R, P]
     if pmask is not None:
         prompt = prompt.masked_fill(~pmask[:, None, None], -torch.inf)
     scores = torch.cat([prompt.view(B, K, G, R, P), own], -1)  # [B, K, G, R, P+S]
     weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     wp, wo = weights.split([P, S], -1)  # [B, K, G, R, P], [B, K, G, R, S]
-    out = (wp.reshape(B, K, G * R, P) @ pv).view(B, K, G, R, hd).transpose(1, 2).reshape(N, K, R, hd)
+    out = (wp.reshape(B, K, G * R, P) @ pv).view(B, K, G, R, hd).transpose(1, 2).reshape(N, K, R, hd)  # [N, K, R, hd]
     return (out + wo.transpose(1, 2).reshape(N, K, R, S) @ v).reshape(N, H, 1, hd)
 
 
