@@ -46,23 +46,24 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Angles of rotary position embedding (Su et al. 2021), cos and sin [N, T, 1, hd] for positions [N, T].
+    """Angles of rotary position embedding (Su et al. 2021), cos and signed sin [N, T, 1, hd] for positions [N, T].
 
-    Feature pair (i, i + hd/2) of a head turns by position * theta^(-2i/hd). Angles are float32 (float64 for float64
-    models): in bf16 position 1000 and 1001 would be one position.
+    Feature pair (i, i + hd/2) of a head turns by position * theta^(-2i/hd): (a, b) -> (a cos - b sin, b cos + a sin),
+    so the sin of a pair's first feature has a minus. Angles are float32 (float64 for float64 models): in bf16 position
+    1000 and 1001 would be one position.
     """
     exact = torch.promote_types(dtype, torch.float32)
     power = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim  # [hd/2]
     angle = positions[..., None].to(exact) / (theta ** power).to(exact)  # [N, T, hd/2]
-    angle = torch.cat([angle, angle], -1)[:, :, None]  # [N, T, 1, hd]
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    sin = angle.sin()  # [N, T, hd/2]
+    cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([-sin, sin], -1)  # [N, T, hd] each
+    return cos[:, :, None].to(dtype), sin[:, :, None].to(dtype)  # [N, T, 1, hd] each
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Turn every head of x [N, T, heads, hd] by its position's angles, in the rotate-half layout of Hugging Face."""
     cos, sin = rope  # [N, T, 1, hd] each
-    low, high = x.chunk(2, -1)  # [N, T, heads, hd/2] each
-    return x * cos + torch.cat([-high, low], -1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # rolled by half, each feature meets the other of its pair
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, shared=None) -> Tensor:

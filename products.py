@@ -30,7 +30,8 @@ _SCRATCH: dict[str, Tensor] = {}
 def scratch(name: str, *shape: int) -> Tensor:
     """Float32 memory [*shape] that is the same at every call: fresh memory costs as much as a small product."""
     if name not in _SCRATCH or _SCRATCH[name].numel() < math.prod(shape):
-        _SCRATCH[name] = torch.empty(math.prod(shape))
+        with torch.inference_mode(False):  # what is made inside could not be written to outside
+            _SCRATCH[name] = torch.empty(math.prod(shape))
     return _SCRATCH[name][:math.prod(shape)].view(shape)
 
 

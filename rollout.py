@@ -185,7 +185,7 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
     ending = torch.zeros(B * G, dtype=torch.long, device=device)  # [N] tokens that spell the stop text
     rows = torch.arange(B * G, device=device)  # which of the N rows each row of the batch is
     alive = torch.ones(B, G, dtype=torch.bool, device=device)  # rows that still write; the others only fill the batch
-    with model.packed(B * G, max_new_tokens):
+    with torch.inference_mode(), model.packed(B * G, max_new_tokens):  # no bookkeeping for gradients at all
         for t in range(max_new_tokens):
             token, token_logp = draw(logits, noise[rows, t], temperature, top_k, top_p)  # [rows], [rows]
             live = alive.flatten()
