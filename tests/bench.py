@@ -188,9 +188,14 @@ def squish_against_transformers(layers: int, document_tokens: int, *flags: str, 
         model.raw_config = raw
         save(model, tokenizer, folder, dtype)
         weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize / 2 ** 30
+        asked = (G + 1) * document_tokens  # tokens whose bits are wanted; the others need no product with the head
+        read = asked + sum(len(tokenizer.encode(sq.TEMPLATE.format(summary=s, document="")).ids) for s in summaries)
+        work = 2 * (read * sum(p.numel() for p in model.layers.parameters()) + asked * model.head.numel())
         del model
+        speed = arithmetic(dtype)
         print(f"SQUISH of {G} summaries of a document of {document_tokens} tokens (and of it alone), Qwen3-1.7B's "
-              f"shape with {layers} of 28 layers, {dtype}: {weights:.1f} GiB of weights")
+              f"shape with {layers} of 28 layers, {dtype}: {weights:.1f} GiB of weights. Products alone, at the "
+              f"{speed / 1e9:.0f} GFLOP/s of a large one here, take {work / speed:.0f} s")
         print(f"{'':14} {'seconds':>8} {'peak GiB':>9} {'without weights':>16}")
         rows = {}
         for name, job in (("ours", squish_ours), ("transformers", squish_obvious)):
@@ -249,6 +254,18 @@ def bandwidth() -> float:
         x.sum()
         best = min(best, time.perf_counter() - begun)
     return 0.5 / best
+
+
+def arithmetic(dtype: torch.dtype) -> float:
+    """Operations a second of a large product, in `dtype` or in float32, whichever is faster here; best of five."""
+    best = math.inf
+    for kind in {dtype, torch.float32}:
+        x, W = torch.randn(1024, 2048, dtype=kind), torch.randn(6144, 2048, dtype=kind)
+        for _ in range(5):
+            begun = time.perf_counter()
+            x @ W.T
+            best = min(best, time.perf_counter() - begun)
+    return 2 * x.numel() * len(W) / best
 
 
 def sampling_ours(folder, dtype):
