@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from folder import SIDECARS, Config, find_folder, read_config, read_json, write_files
 from layers import Layer, Lfm2Layer, Linear, RMSNorm, rope_table
 from lora import add_lora, effective_weight, load_adapters, merge_lora, save_adapters
-from products import linear, packed, to_logits, wide_gradients, widen
+from products import linear, packed, to_logits, wide, widen
 
 __all__ = ["Cache", "Config", "Transformer", "add_lora", "linear", "load", "load_adapters", "merge_lora", "pad",
            "read_config", "save", "save_adapters", "to_logits", "token_logprobs"]
@@ -180,67 +180,74 @@ def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """log p(target) for each position, a chunk of positions at a time, and again in backward.
+    """log p(target) for each of M positions, a slice of the vocabulary at a time, and again in backward.
 
-    With z = h W^T / temperature and p = softmax(z): d logp / dz = onehot(target) - p, so backward needs p, which is as
+    With z = W h^T / temperature and p = softmax(z): d logp / dz = onehot(target) - p, so backward needs p, which is as
     large as z. Recomputing it costs one more product with W; keeping it would cost 0.6 GB for 16 completions of 64
-    tokens and Qwen's 151,936 words, and plain autograd keeps several such tensors.
+    tokens and Qwen's 151,936 words, and plain autograd keeps several such tensors. A slice stays in the cache between
+    the product and what is done with it, and all positions together make the product large enough to be fast.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, chunk):
-        logp, entropy, norm = [], [], []
-        for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-            z = _TokenLogprobs.logits(h, weight, temperature)  # [chunk, V]
-            log_p = z.log_softmax(-1)  # [chunk, V]
-            logp.append(log_p.gather(-1, t[:, None]).squeeze(-1))  # [chunk]
-            norm.append(z.gather(-1, t[:, None]).squeeze(-1) - logp[-1])  # [chunk] log of the sum of exp(z)
-            entropy.append(-torch.exp(log_p, out=z).mul_(log_p).sum(-1))  # [chunk], in the memory of z
-        logp, entropy, norm = torch.cat(logp), torch.cat(entropy), torch.cat(norm)  # [M] each
-        ctx.save_for_backward(hidden, weight, targets, norm)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        ctx.mark_non_differentiable(entropy)
-        return logp, entropy
+    def slices(hidden, weight, targets, temperature, words):
+        """-> (number of the first word, its part w of W [n, D], z [n, M] in float32 (float64 stays), where each target
+        stands in there [1, M], whether it does [M])."""
+        x = hidden.float() if widen(hidden) else hidden  # [M, D]
+        for first, w in zip(range(0, len(weight), words), weight.split(words)):
+            w = wide(w)
+            z = w @ x.T  # [n, M]: the matrix on the left, which is faster for few rows
+            z = z.to(torch.promote_types(z.dtype, torch.float32))
+            at = targets - first  # [M]
+            here = (at >= 0) & (at < len(w))  # [M]
+            yield first, w, z if temperature == 1 else z.div_(temperature), at.clamp(0, len(w) - 1)[None], here
 
     @staticmethod
-    def logits(h, weight, temperature):
-        """[chunk, D] x [V, D] -> [chunk, V] in float32 (float64 stays)."""
-        z = to_logits(h, weight)
-        return z if temperature == 1 else z.div_(temperature)
+    def forward(ctx, hidden, weight, targets, temperature, words):
+        wanted, parts = 0.0, []
+        for _, _, z, at, here in _TokenLogprobs.slices(hidden, weight, targets, temperature, words):
+            wanted = torch.where(here, z.gather(0, at)[0], wanted)  # [M]
+            top = z.amax(0)  # [M]
+            p = z.sub_(top).exp()  # [n, M]
+            parts.append((top, p.sum(0), p.mul_(z).sum(0)))
+        top, total, mean = (torch.stack(part) for part in zip(*parts))  # [slices, M] each
+        norm = (top + total.log()).logsumexp(0)  # [M], log of the sum of exp(z) over all words
+        far = top - norm  # [slices, M]: log p = (z - top) + far
+        entropy = -((mean + total * far) * far.exp()).sum(0)  # [M]
+        ctx.save_for_backward(hidden, weight, targets, norm)
+        ctx.temperature, ctx.words = temperature, words
+        ctx.mark_non_differentiable(entropy)
+        return wanted - norm, entropy
 
     @staticmethod
     def backward(ctx, g_logp, _):
         hidden, weight, targets, norm = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden)  # [M, D]
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # [V, D]
-        for i in range(0, len(hidden), ctx.chunk):
-            at = slice(i, i + ctx.chunk)
-            p = _TokenLogprobs.logits(hidden[at], weight, ctx.temperature).sub_(norm[at, None]).exp_()  # [chunk, V]
-            g = g_logp[at, None] / ctx.temperature  # [chunk, 1]
-            dz = p.mul_(-g).scatter_add_(-1, targets[at, None], g)  # [chunk, V]
-            if widen(hidden):
-                d_hidden[at] = wide_gradients(dz, hidden[at], weight, d_weight)
-                continue
-            dz = dz.to(weight.dtype)
-            d_hidden[at] = dz @ weight
+        x = hidden.float() if widen(hidden) else hidden  # [M, D]
+        g = g_logp / ctx.temperature  # [M]
+        d_hidden = torch.zeros_like(x, dtype=norm.dtype)  # [M, D]
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # [V, D]
+        for first, w, z, at, here in _TokenLogprobs.slices(hidden, weight, targets, ctx.temperature, ctx.words):
+            dz = z.sub_(norm).exp_().mul_(-g).scatter_add_(0, at, (g * here)[None]).to(w.dtype)  # [n, M]
+            d_hidden += dz.T @ w
             if d_weight is not None:
-                d_weight.addmm_(dz.T, hidden[at])
-        return d_hidden, d_weight, None, None, None
+                d_weight[first:first + len(w)] = dz @ x
+        return d_hidden.to(hidden.dtype), d_weight, None, None, None
 
 
 def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor, temperature: float = 1.0,
-                   chunk: int = 128) -> tuple[Tensor, Tensor]:
+                   words: int = 0) -> tuple[Tensor, Tensor]:
     """hidden [..., T, D], targets [..., T] -> (logp, entropy) in nats, each [..., T], float32.
 
     `hidden[..., t, :]` is the state that predicts `targets[..., t]`. The temperature is the sampler's: it divides the
     logits here as it did there, otherwise the policy that is trained is not the policy that acted. `entropy` is for
-    looking at and carries no gradient. At most `chunk` rows of logits exist at any time.
+    looking at and carries no gradient. Only the logits of `words` words of the vocabulary exist at any time (0: so many
+    that they, and their rows of the head, take 16 MiB at most).
     """
     if temperature <= 0:
         raise ValueError(f"token_logprobs needs a temperature above 0, not {temperature}: a greedy policy has no logp.")
-    logp, entropy = _TokenLogprobs.apply(hidden.reshape(-1, hidden.shape[-1]), model.head, targets.reshape(-1),
-                                         temperature, chunk)
-    return logp.view(targets.shape), entropy.view(targets.shape)
+    hidden, targets, shape = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), targets.shape  # [M, D], [M]
+    words = words or max(1, 2 ** 22 // max(*hidden.shape, 1))
+    logp, entropy = _TokenLogprobs.apply(hidden, model.head, targets, temperature, words)
+    return logp.view(shape), entropy.view(shape)
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------

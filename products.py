@@ -35,6 +35,11 @@ def scratch(name: str, *shape: int) -> Tensor:
     return _SCRATCH[name][:math.prod(shape)].view(shape)
 
 
+def wide(w: Tensor) -> Tensor:
+    """w [n, in], or where bfloat16 is slow a float32 copy, which is lost when the next one is made."""
+    return scratch("weight", *w.shape).copy_(w) if widen(w) else w
+
+
 def slices(W: Tensor, rows: int) -> int:
     """How many rows of W [out, in] are widened at once for a product with `rows` rows: of few rows as much as stays in
     the cache, of many so much that neither W nor the product gets large."""
@@ -46,7 +51,7 @@ def wide_product(x: Tensor, W: Tensor, dtype: torch.dtype = torch.float32) -> Te
     x, y = x.float().T, x.new_empty(len(x), len(W), dtype=dtype)  # [in, M], [M, out]
     n = slices(W, x.shape[1])
     for at, w in zip(y.split(n, 1), W.split(n)):
-        w = scratch("weight", *w.shape).copy_(w)  # [n, in]
+        w = wide(w)  # [n, in]
         at.copy_(torch.mm(w, x, out=scratch("product", len(w), x.shape[1])).T)  # W on the left: faster for few rows
     return y
 
@@ -57,7 +62,7 @@ def wide_gradients(g: Tensor, x: Tensor, W: Tensor, dW: Tensor | None) -> Tensor
     x = x if dW is None else x.float()
     for i, (at, w) in enumerate(zip(g.split(n, -1), W.split(n))):
         at = scratch("gradient", *at.shape).copy_(at)  # [M, n]
-        dx.addmm_(at, scratch("weight", *w.shape).copy_(w))
+        dx.addmm_(at, wide(w))
         if dW is not None:
             dW[n * i:n * (i + 1)] += torch.mm(at.T, x, out=scratch("product", *w.shape))  # [n, in]
     return dx.to(W.dtype)

@@ -25,7 +25,7 @@ import torch
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
-from model import Transformer, pad, to_logits
+from model import Transformer, pad, token_logprobs
 
 # What stands before the document. Anybody can redo the measurement: encode the text up to the first place, the summary,
 # the text between, and the document, each by itself, put bos in front, and sum over the document's tokens.
@@ -61,13 +61,12 @@ def cut(tokenizer: Tokenizer, document: str, n: int) -> str:
 
 
 @torch.no_grad()
-def sequence_bits(model: Transformer, rows: Sequence[tuple[list[int], list[int]]], micro_tokens: int = 4096,
-                  chunk: int = 128) -> list[Tensor]:
+def sequence_bits(model: Transformer, rows: Sequence[tuple[list[int], list[int]]],
+                  micro_tokens: int = 4096) -> list[Tensor]:
     """(context, text) pairs of token ids -> -log2 p(text_t | context, text_<t), one float32 tensor [T_i] a pair.
 
     Rows of like length go together, at most `micro_tokens` tokens with their padding, which stands on the right, where
-    no causal model looks. At most [chunk, V] logits exist, and only for text tokens: the context's are never made.
-    Adapters are off.
+    no causal model looks. Logits exist for text tokens only, and a slice of the vocabulary at a time. Adapters are off.
     """
     longest = max((len(context) + len(text) - 1 for context, text in rows), default=0)
     if longest > model.config.max_position_embeddings:
@@ -84,21 +83,13 @@ def sequence_bits(model: Transformer, rows: Sequence[tuple[list[int], list[int]]
             # The last token predicts nothing that is asked for.
             tokens, _ = pad([torch.tensor((rows[i][0] + rows[i][1])[:-1], device=device) for i in batch])  # [n, L]
             states = model.hidden(tokens)  # [n, L, D]
-            for i, state in zip(batch, states):
-                context, text = rows[i]
-                target = torch.tensor(text, device=device)  # [T]
-                h = state[len(context) - 1:len(context) - 1 + len(text)]  # [T, D]
-                bits[i] = torch.cat([_nats(model, *piece) for piece in zip(h.split(chunk), target.split(chunk))])
-                bits[i] /= math.log(2)
+            contexts, texts = zip(*(rows[i] for i in batch))
+            before = torch.cat([state[len(context) - 1:len(context) - 1 + len(text)]
+                                for state, context, text in zip(states, contexts, texts)])  # [sum of T_i, D]
+            logp, _ = token_logprobs(model, before, torch.tensor(sum(texts, []), device=device))  # [sum of T_i]
+            for i, piece in zip(batch, logp.split([len(text) for text in texts])):
+                bits[i] = -piece / math.log(2)
     return bits
-
-
-def _nats(model: Transformer, h: Tensor, target: Tensor) -> Tensor:
-    """States [n, D] -> -log p(target) [n]: log of the sum of exp(z), minus the target's z. In place: z is the giant."""
-    z = to_logits(h, model.head)  # [n, V]
-    wanted = z.gather(-1, target[:, None]).squeeze(-1)  # [n]
-    top = z.amax(-1, keepdim=True)  # [n, 1]
-    return z.sub_(top).exp_().sum(-1).log_() + top.squeeze(-1) - wanted
 
 
 def token_bits(model: Transformer, tokenizer: Tokenizer, document: str, summaries: Sequence[str | None] = (None,),

@@ -425,8 +425,8 @@ def test_checkpointing_recomputes_and_changes_nothing(family):
 
 
 @few
-@given(st.integers(1, 20), st.integers(1, 8), st.sampled_from([0.3, 1.0, 1.7]), st.booleans())
-def test_token_logprobs_is_log_softmax_whatever_the_chunk(positions, chunk, temperature, tied):
+@given(st.integers(1, 20), st.sampled_from([0, 1, 7, 32, 10 ** 6]), st.sampled_from([0.3, 1.0, 1.7]), st.booleans())
+def test_token_logprobs_is_log_softmax_however_the_vocabulary_is_cut(positions, words, temperature, tied):
     """Values, entropy, and the gradients for the states and for the head, tied to the embedding or not."""
     model = tiny_model("llama", dtype=torch.float64, tie_word_embeddings=tied)
     ids, targets = tokens(2, positions), tokens(2, positions, seed=1)
@@ -434,7 +434,7 @@ def test_token_logprobs_is_log_softmax_whatever_the_chunk(positions, chunk, temp
     hidden = model.hidden(ids)  # [2, T, D]
     log_p = (hidden @ model.head.T / temperature).log_softmax(-1)  # [2, T, V]
     want = log_p.gather(-1, targets[..., None]).squeeze(-1)
-    logp, entropy = token_logprobs(model, hidden, targets, temperature, chunk)
+    logp, entropy = token_logprobs(model, hidden, targets, temperature, words)
     assert_same(logp, want, 1e-12)
     assert_same(entropy, -(log_p.exp() * log_p).sum(-1).detach(), 1e-12)
     assert logp.shape == entropy.shape == targets.shape and not entropy.requires_grad
@@ -451,7 +451,7 @@ def test_token_logprobs_gradient_by_finite_differences():
 
     def logp(hidden, weight):
         model.lm_head.weight = weight
-        return token_logprobs(model, hidden, targets, temperature=0.7, chunk=2)[0]
+        return token_logprobs(model, hidden, targets, temperature=0.7, words=2)[0]
 
     del model.lm_head.weight  # a plain tensor in its place, which gradcheck may vary
     weight = torch.randn(7, 32, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(1))
@@ -495,18 +495,23 @@ class Largest(TorchDispatchMode):
 
 
 def test_logits_of_a_whole_batch_never_exist():
-    """96 positions x 200 words, 40 at a time: nothing larger than 40 x 200 is ever made, in backward neither."""
-    positions, vocabulary, chunk = 96, 200, 40
-    model = tiny_model("llama", vocab_size=vocabulary)  # D = 32 < chunk, so the head itself is smaller than a chunk
+    """96 positions x 200 words, 70 words at a time: beside gradients nothing is larger than 70 x 96, in backward
+    neither. Left alone it takes as many words as fit into 16 MiB."""
+    positions, vocabulary, words = 96, 200, 70
+    model = tiny_model("llama", vocab_size=vocabulary)  # D = 32, so the head's gradient is 200 x 32, less than 70 x 96
     hidden = model.hidden(tokens(1, positions)).detach().requires_grad_()
     targets = tokens(1, positions, vocab=vocabulary)
     with Largest() as ours:
-        token_logprobs(model, hidden, targets, chunk=chunk)[0].sum().backward()
+        token_logprobs(model, hidden, targets, words=words)[0].sum().backward()
     assert hidden.grad is not None and model.head.grad is not None
-    assert ours.numel <= chunk * vocabulary
+    assert ours.numel == words * positions
     with Largest() as plain:  # and the way to do without would have been seen
         (hidden @ model.head.T).log_softmax(-1)
     assert plain.numel == positions * vocabulary
+    model = tiny_model("llama", vocab_size=3000).requires_grad_(False)
+    with Largest() as alone:
+        token_logprobs(model, torch.zeros(4096, 32), torch.zeros(4096, dtype=torch.long))
+    assert alone.numel == 1024 * 4096
 
 
 # ---------------------------------------------------------------------------------------------------- saving
@@ -782,7 +787,7 @@ def bf16_losses(monkeypatch, slow, family="qwen2"):
     """Log-probabilities of a bfloat16 model on 40 tokens, and all its gradients."""
     monkeypatch.setattr(products, "NARROW_IS_SLOW", slow)
     model, x = tiny_model(family, dtype=torch.bfloat16, vocab_size=5000), tokens(2, 40, vocab=5000)
-    logp, _ = token_logprobs(model, model.hidden(x[:, :-1]), x[:, 1:], chunk=50)
+    logp, _ = token_logprobs(model, model.hidden(x[:, :-1]), x[:, 1:], words=130)
     return logp.detach(), gradients(model, logp.sum())
 
 
@@ -792,7 +797,7 @@ def test_products_of_bfloat16_made_in_float32_are_as_good(family, monkeypatch):
     for every gradient, W being widened 30 rows at a time."""
     monkeypatch.setattr(products, "slices", lambda W, rows: 30)
     model, x = tiny_model(family, dtype=torch.bfloat16, vocab_size=5000).double(), tokens(2, 40, vocab=5000)
-    exact_logp, _ = token_logprobs(model, model.hidden(x[:, :-1]), x[:, 1:], chunk=50)
+    exact_logp, _ = token_logprobs(model, model.hidden(x[:, :-1]), x[:, 1:], words=130)
     exact = gradients(model, exact_logp.sum())
     wide_logp, wide = bf16_losses(monkeypatch, True, family)
     own_logp, own = bf16_losses(monkeypatch, False, family)

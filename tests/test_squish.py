@@ -107,18 +107,16 @@ def test_rows_go_together_as_long_as_they_fit(tokenizer, monkeypatch):
     assert shapes == [(1, 41), (1, 41)]  # and one row always goes
 
 
-def test_the_vocabulary_is_never_met_whole(tokenizer, monkeypatch):
-    """No more than `chunk` rows of logits at once, and none for the template's tokens."""
-    model, rows, real = reference(), [], sq._nats
-    monkeypatch.setattr(sq, "_nats", lambda m, h, t: rows.append(len(h)) or real(m, h, t))
-    monkeypatch.setattr(type(model), "forward", None)  # makes all logits
+def test_logits_are_made_for_the_document_only(tokenizer, monkeypatch):
+    """None for the template's tokens, and never by the model's own forward, which makes them all at once."""
+    model, rows, real = reference(), [], sq.token_logprobs
+    monkeypatch.setattr(sq, "token_logprobs", lambda m, h, t: rows.append(len(h)) or real(m, h, t))
+    monkeypatch.setattr(type(model), "forward", None)
     text = encode(tokenizer, DOCUMENT).ids
-    whole = sq.sequence_bits(model, [([BOS, 5, 6, 7], text)] * 2)
-    assert sum(rows) == 2 * len(text)
-    rows.clear()
-    pieces = sq.sequence_bits(model, [([BOS, 5, 6, 7], text)] * 2, chunk=8)
-    assert max(rows) == 8 and sum(rows) == 2 * len(text)
-    torch.testing.assert_close(whole[0], pieces[1], rtol=0, atol=1e-5)
+    whole = sq.sequence_bits(model, [([BOS, 5, 6, 7], text), ([BOS], text[:9]), ([BOS, 5], [])])
+    assert sum(rows) == len(text) + 9 and [len(bits) for bits in whole] == [len(text), 9, 0]
+    alone, = sq.sequence_bits(model, [([BOS], text[:9])])
+    torch.testing.assert_close(whole[1], alone, rtol=0, atol=1e-5)
 
 
 def test_the_adapters_state_does_not_change_the_measure(tokenizer):

@@ -24,7 +24,7 @@ from layers import Linear
 from model import load, load_adapters
 from posts import TINY, Post, load_posts
 from rollout import sample
-from squish import CLOSE, cost, encode, extract, squish
+from squish import CLOSE, cost, cut, encode, extract, squish
 
 ROOT = Path(__file__).parent.parent
 RUN = ["--stages", "squish:6", "--lora", "4", "--prompts", "2", "--group", "4", "--eval-posts", "3", "--lr", "1e-2",
@@ -387,6 +387,18 @@ def test_a_fault_that_passes_is_waited_for(server, cwd, fault):
     assert rows[server.url]["failed"] == 0 and len(server.bodies) == 12
 
 
+def test_pauses_double_and_a_server_may_name_its_own(server, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(benchmark, "WAIT", 1.0)
+    monkeypatch.setattr(benchmark.time, "sleep", pauses.append)
+    faults = [(500, {}, "no"), (429, {"Retry-After": "0.5"}, "slow down"), (503, {"Retry-After": "1e9"}, ""),
+              (503, {"Retry-After": "900"}, "")]
+    server.answer = lambda body, n: faults[n - 1] if n < 5 else (200, {}, "A summary.")
+    url, _, model = server.url.partition("#")
+    assert benchmark.from_server(url, model, "s", "u", 9, 0.0, 0) == "A summary."
+    assert pauses == [1.0, 0.5, 4.0, 60.0]  # what is no number of seconds is not believed, and a minute is the most
+
+
 def test_what_fails_for_good_counts_nothing_and_is_tried_again_next_time(server, cwd):
     """One document of four is never answered, one answer has no tags, one is over budget: the mean is over four."""
     posts = load_posts("tiny", "test")[:4]
@@ -430,6 +442,37 @@ def test_a_model_that_was_trained_again_is_another_model(tmp_path, cwd):
     import os
     os.utime(path, ns=(1, 1))
     assert benchmark.identity(str(tmp_path / "m")) != before
+
+
+def test_a_local_model_s_samples_differ_and_its_budgets_are_kept_apart(cwd):
+    """The mean is over all samples; what was written for one budget is not taken for another's."""
+    settings = ("--n", "3", "--samples", "2", "--temperature", "1", "--max-new-tokens", "24")
+    row = next(r for r in bench("--models", "tiny", *settings) if r["model"] == "tiny")
+    texts, values = ([[s[what] for s in row["summaries"] if s["sample"] == k] for k in (0, 1)]
+                     for what in ("summary", "squish"))
+    assert texts[0] != texts[1] and values[0] != values[1]
+    assert row["squish"] == pytest.approx(np.mean(values), abs=1e-9)
+    after = bench("--models", "tiny", *settings, "--budgets", "0.6")
+    assert after == bench("--models", "tiny", *settings, "--budgets", "0.6", "--cache", "fresh.sqlite")
+
+
+def test_the_benchmark_measures_cut_documents_and_asks_as_it_is_told(cwd):
+    model, tokenizer = load(TINY)
+    texts = [cut(tokenizer, p.document, 40) for p in load_posts("tiny", "test")[:4]]
+    rows = {r["model"]: r for r in bench("--models", "tiny", "--max-document", "40", "--budgets", "0.3,0.5")}
+    firsts = [text[:int(0.5 * len(text))] for text in texts]
+    expected = np.mean([squish(model, tokenizer, text, [first], 0.5)[0] for text, first in zip(texts, firsts)])
+    assert rows["first"]["squish"] == pytest.approx(expected, abs=1e-6)
+    asked = [r for r in bench("--models", "tiny", "--template", "notes") if r["model"] == "tiny"]
+    assert asked[0]["summaries"] != [r for r in bench("--models", "tiny") if r["model"] == "tiny"][0]["summaries"]
+
+
+def test_the_table_begins_with_the_best_at_the_smallest_budget():
+    rows = [dict.fromkeys(("low", "high", "coverage", "failed", "over", "used"), 0.0) | {
+        "model": name, "budget": budget, "squish": value} for name, budget, value in (
+        ("a", 0.2, 0.3), ("b", 0.2, 0.5), ("a", 0.1, 0.1), ("b", 0.1, 0.2))]
+    order = [line.split(" | ")[:2] for line in benchmark.table(rows).splitlines()[2:]]
+    assert order == [["| b", "0.1"], ["| a", "0.1"], ["| b", "0.2"], ["| a", "0.2"]]
 
 
 def test_several_references_are_averaged(cwd):
