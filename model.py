@@ -203,13 +203,16 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, words):
-        wanted, parts = 0.0, []
-        for _, _, z, at, here in _TokenLogprobs.slices(hidden, weight, targets, temperature, words):
-            wanted = torch.where(here, z.gather(0, at)[0], wanted)  # [M]
-            top = z.amax(0)  # [M]
-            p = z.sub_(top).exp()  # [n, M]
-            parts.append((top, p.sum(0), p.mul_(z).sum(0)))
-        top, total, mean = (torch.stack(part) for part in zip(*parts))  # [slices, M] each
+        # Made before the large blocks: what stays must not lie between those, or the heap grows with every slice.
+        top, total, mean = hidden.new_empty(3, -(-len(weight) // words), len(hidden),
+                                            dtype=torch.promote_types(hidden.dtype, torch.float32))  # [slices, M] each
+        wanted = torch.zeros_like(top[0])  # [M]
+        for first, _, z, at, here in _TokenLogprobs.slices(hidden, weight, targets, temperature, words):
+            wanted += z.gather(0, at)[0].where(here, 0.0)
+            i = first // words
+            top[i] = z.amax(0)
+            p = z.sub_(top[i]).exp()  # [n, M]
+            total[i], mean[i] = p.sum(0), p.mul_(z).sum(0)
         norm = (top + total.log()).logsumexp(0)  # [M], log of the sum of exp(z) over all words
         far = top - norm  # [slices, M]: log p = (z - top) + far
         entropy = -((mean + total * far) * far.exp()).sum(0)  # [M]

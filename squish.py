@@ -62,7 +62,7 @@ def cut(tokenizer: Tokenizer, document: str, n: int) -> str:
 
 @torch.no_grad()
 def sequence_bits(model: Transformer, rows: Sequence[tuple[list[int], list[int]]],
-                  micro_tokens: int = 4096) -> list[Tensor]:
+                  micro_tokens: int = 2048) -> list[Tensor]:
     """(context, text) pairs of token ids -> -log2 p(text_t | context, text_<t), one float32 tensor [T_i] a pair.
 
     Rows of like length go together, at most `micro_tokens` tokens with their padding, which stands on the right, where
@@ -93,7 +93,7 @@ def sequence_bits(model: Transformer, rows: Sequence[tuple[list[int], list[int]]
 
 
 def token_bits(model: Transformer, tokenizer: Tokenizer, document: str, summaries: Sequence[str | None] = (None,),
-               micro_tokens: int = 4096) -> Tensor:
+               micro_tokens: int = 2048) -> Tensor:
     """Bits of every document token after each of the summaries (None: after bos alone) [len(summaries), T]."""
     text = encode(tokenizer, document).ids
     if not text:
@@ -119,7 +119,7 @@ _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def information(model: Transformer, tokenizer: Tokenizer, document: str, summary: str | None = None,
-                micro_tokens: int = 4096) -> float:
+                micro_tokens: int = 2048) -> float:
     """I(d), or I(d | s) when there is a summary: bits in the document, summed over its tokens.
 
     I(d) is computed once for each document and model, and kept.
@@ -164,7 +164,7 @@ def fits(tokenizer: Tokenizer, document: str, summary: str | None, budget: float
 
 
 def squish(model: Transformer, tokenizer: Tokenizer, document: str, summaries: Sequence[str | None],
-           budget: float | int = 0.10, unit: str = "chars", micro_tokens: int = 4096) -> list[float]:
+           budget: float | int = 0.10, unit: str = "chars", micro_tokens: int = 2048) -> list[float]:
     """(I(d) - I(d|s)) / I(d) for each of G summaries of one document [G]; 1 at most, below 0 for a misleading one.
 
     0 for None, an empty or blank summary, and one over budget: longer than `budget` times the document (a float), or
@@ -182,7 +182,7 @@ def squish(model: Transformer, tokenizer: Tokenizer, document: str, summaries: S
 
 
 def ensemble(references: Sequence[tuple[Transformer, Tokenizer]], document: str, summaries: Sequence[str | None],
-             budget: float | int = 0.10, unit: str = "chars", micro_tokens: int = 4096) -> list[float]:
+             budget: float | int = 0.10, unit: str = "chars", micro_tokens: int = 2048) -> list[float]:
     """The mean SQUISH [G] of several reference models, each with its own tokenizer. The policy need not be one."""
     values = [squish(model, tokenizer, document, summaries, budget, unit, micro_tokens)
               for model, tokenizer in references]
@@ -190,7 +190,7 @@ def ensemble(references: Sequence[tuple[Transformer, Tokenizer]], document: str,
 
 
 def cost(model: Transformer, tokenizer: Tokenizer, document: str, summaries: Sequence[str | None],
-         micro_tokens: int = 4096) -> list[float]:
+         micro_tokens: int = 2048) -> list[float]:
     """I(s) / I(d) for each summary [G]: the bits that the summary itself takes, as a share of the document's.
 
     `squish - cost` is what remains when the summary has to be sent too, the published ablation R - alpha I(s).
