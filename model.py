@@ -123,7 +123,7 @@ class Transformer(nn.Module):
         mask [N, T] bool is False on padding, left or right: nobody attends to it and it takes no position. Its own
         hidden states are meaningless.
         """
-        cache = Cache() if cache is None else cache
+        once, cache = cache is None, Cache() if cache is None else cache
         (N, T), device = tokens.shape, tokens.device
         read = cache.lengths  # a number, or [N, 1]
         if mask is None:
@@ -164,7 +164,7 @@ class Transformer(nn.Module):
                 x, *kv = checkpoint(run, x, *prompt, *past, use_reentrant=True, preserve_rng_state=False)
             else:
                 x, *kv = run(x, *prompt, *past)
-            own.append(tuple(kv))
+            own.append(() if once else tuple(kv))  # nobody will ask for them: with many layers they would be much
         cache.own, cache.columns = own, S
         return getattr(self, self.last_norm)(x)
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import huggingface_hub
@@ -515,6 +516,21 @@ def test_logits_of_a_whole_batch_never_exist():
     with Largest() as alone:
         token_logprobs(model, torch.zeros(4096, 32), torch.zeros(4096, dtype=torch.long))
     assert alone.numel == 1024 * 4096
+
+
+@torch.no_grad()
+def test_keys_that_nobody_will_ask_for_are_dropped():
+    """Without a cache at most two layers' keys exist at a time; with one, all of them stay."""
+    model, refs, alive = tiny_model("qwen2", num_hidden_layers=5), [], []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda _, args, out: refs.append(weakref.ref(out[1][0])) or alive.append(
+            sum(ref() is not None for ref in refs)))
+    model.hidden(tokens(2, 6))
+    assert max(alive) <= 2
+    refs.clear()
+    cache = Cache()
+    model.hidden(tokens(2, 6), cache)
+    assert all(ref() is not None for ref in refs) and len(cache.own) == 5
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from /proc")
