@@ -1,4 +1,5 @@
-"""A Hugging Face folder: what its config says, where it comes from, and how files are written whole or not at all."""
+"""A Hugging Face folder: what its config says, where it comes from, its weights, and how files are written whole or not
+at all."""
 
 import errno
 import json
@@ -9,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 FAMILIES = ("qwen2", "qwen3", "llama", "lfm2")
 # Files beside the weights that say how to tokenise, chat and stop: kept in memory by `load`, written again by `save`.
@@ -173,6 +176,46 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):  # a broken file, not a wrong type in the program
         raise ValueError(f"{path} holds a {type(value).__name__} where an object was expected.")
     return value
+
+
+def read_weights(folder: Path, config: Config, want: dict[str, torch.Size], device: str,
+                 dtype: torch.dtype) -> dict[str, Tensor]:
+    """The parameters that are wanted, name -> shape, from the folder's safetensors, single or sharded; exactly those,
+    in those shapes."""
+    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / names[0]).exists():  # the single file wins, as it does in transformers
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no 'weight_map': copy or download it again.")
+        names = sorted(set(weight_map.values()))
+    state: dict[str, Tensor] = {}
+    for file in (folder / n for n in names):
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is missing: the folder's weights are not complete.")
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as f:
+                for key in f.keys():
+                    name = key.removeprefix("model.")
+                    if name.endswith("rotary_emb.inv_freq"):  # old files store this table; it is recomputed
+                        continue
+                    if config.tie_word_embeddings and name == "lm_head.weight":
+                        name = "embed_tokens.weight"  # a tied matrix may be stored under either name, or both
+                        if name in state:
+                            continue
+                    if name not in want:
+                        raise ValueError(f"{file} holds '{key}', which {config.model_type} has no place for.")
+                    tensor = f.get_tensor(key)
+                    if tensor.shape != want[name]:
+                        raise ValueError(f"{file}: '{key}' has shape {list(tensor.shape)}, "
+                                         f"config.json asks for {list(want[name])}.")
+                    state[name] = tensor.to(dtype)
+        except SafetensorError as e:
+            raise ValueError(f"{file} is not a whole safetensors file ({e}): copy or download it again.") from e
+    missing = sorted(want.keys() - state.keys())
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} weights that its config.json asks for, "
+                         f"the first is '{missing[0]}'.")
+    return state
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:

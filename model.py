@@ -18,13 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from folder import SIDECARS, Config, find_folder, read_config, read_json, write_files
+from folder import SIDECARS, Config, find_folder, read_config, read_json, read_weights, write_files
 from layers import Layer, Lfm2Layer, Linear, RMSNorm, rope_table
 from lora import add_lora, effective_weight, load_adapters, merge_lora, save_adapters
 from products import linear, packed, to_logits, wide, widen
@@ -275,7 +274,8 @@ def load(name_or_path: str | Path, device: str | None = None, dtype: torch.dtype
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"There is no device '{device}' here: take cpu, cuda or mps.") from e
-    state = read_weights(folder, model, device, dtype or torch.float32)
+    want = {name: p.shape for name, p in model.named_parameters()}
+    state = read_weights(folder, config, want, device, dtype or torch.float32)
     model.load_state_dict(state, assign=True)
     model.raw_config = raw
     model.sidecars = {n: (folder / n).read_bytes() for n in SIDECARS if (folder / n).exists()}
@@ -288,45 +288,6 @@ def load(name_or_path: str | Path, device: str | None = None, dtype: torch.dtype
         tokenizer.no_truncation()  # a tokenizer saved by a training run may cut or pad silently
         tokenizer.no_padding()
     return model, tokenizer
-
-
-def read_weights(folder: Path, model: Transformer, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every parameter of `model` from the folder's safetensors, single or sharded; exactly those, in those shapes."""
-    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-    if index.exists() and not (folder / names[0]).exists():  # the single file wins, as it does in transformers
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index} has no 'weight_map': copy or download it again.")
-        names = sorted(set(weight_map.values()))
-    want = {name: p.shape for name, p in model.named_parameters()}
-    state: dict[str, Tensor] = {}
-    for file in (folder / n for n in names):
-        if not file.exists():
-            raise FileNotFoundError(f"{file} is missing: the folder's weights are not complete.")
-        try:
-            with safe_open(file, framework="pt", device=str(device)) as f:
-                for key in f.keys():
-                    name = key.removeprefix("model.")
-                    if name.endswith("rotary_emb.inv_freq"):  # old files store this table; it is recomputed
-                        continue
-                    if model.config.tie_word_embeddings and name == "lm_head.weight":
-                        name = "embed_tokens.weight"  # a tied matrix may be stored under either name, or both
-                        if name in state:
-                            continue
-                    if name not in want:
-                        raise ValueError(f"{file} holds '{key}', which {model.config.model_type} has no place for.")
-                    tensor = f.get_tensor(key)
-                    if tensor.shape != want[name]:
-                        raise ValueError(f"{file}: '{key}' has shape {list(tensor.shape)}, "
-                                         f"config.json asks for {list(want[name])}.")
-                    state[name] = tensor.to(dtype)
-        except SafetensorError as e:
-            raise ValueError(f"{file} is not a whole safetensors file ({e}): copy or download it again.") from e
-    missing = sorted(want.keys() - state.keys())
-    if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} weights that its config.json asks for, "
-                         f"the first is '{missing[0]}'.")
-    return state
 
 
 def save(model: Transformer, tokenizer: Tokenizer | None, path: str | Path, dtype: torch.dtype | None = None) -> None:
