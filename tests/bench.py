@@ -221,6 +221,7 @@ SHAPES = {
               "num_key_value_heads": 2, "vocab_size": 4096},
 }
 PROMPT, NEW, STEPS = 384, 64, 3
+WARM = 16  # tokens of a call before the one that is timed: memory that the system hands out first is slow
 
 
 def write_model(folder: str, shape: str, dtype: torch.dtype = torch.float32) -> float:
@@ -272,7 +273,7 @@ def sampling_ours(folder, dtype):
     from rollout import sample
     model, _ = load(folder, dtype=dtype)
     prompts = prompt_ids(1)
-    sample(model, prompts, 8, 2, stop_ids=[])
+    sample(model, prompts, 8, WARM, stop_ids=[])
 
     def call():
         begun = time.perf_counter()
@@ -294,7 +295,7 @@ def sampling_transformers(folder, dtype):
             model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=n, min_new_tokens=n,
                            temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
 
-    generate(2)
+    generate(WARM)
 
     def call():
         begun = time.perf_counter()
@@ -314,6 +315,8 @@ def sampling_against_transformers(shape: str, only: Sequence[str] = ()) -> None:
         print(f"sampling 8 x {NEW} tokens after a prompt of {PROMPT}, {shape} shape, {weights:.2f} GiB of weights in "
               f"float32; memory is read at {speed:.1f} GiB/s: no step is faster than {1e3 * weights / speed:.0f} ms "
               f"in float32, half of it in bfloat16")
+        least = 8 * weights * 2 ** 29 / arithmetic(torch.bfloat16)  # each weight multiplied and added once for each row
+        print(f"a step's products alone, at the speed of large ones: {1e3 * least:.0f} ms")
         print(f"{'':24} {'seconds':>8} {'of them prompt':>15} {'tokens/s':>9} {'ms a step':>10} {'of the floor':>13}")
         rows = {}
         for dtype in (torch.float32, torch.bfloat16):
@@ -412,6 +415,11 @@ def step_against_trl(shape: str, only: Sequence[str] = (), groups: int = 2) -> N
         write_model(folder + "/bfloat16", shape, torch.bfloat16)
         print(f"one GRPO step of {groups} prompts x 8 completions, {PROMPT} + {NEW} tokens, {shape} shape "
               f"({weights:.2f} GiB in float32), reference and KL on; median of {STEPS} steps or as many as it says")
+        # Each token runs once for sampling, reference and learning, and learning's backward pass is two more; the head
+        # is for completions only. A product is a multiplication and an addition for each weight.
+        head = SHAPES[shape]["vocab_size"] * SHAPES[shape]["hidden_size"]
+        products = 10 * groups * ((weights * 2 ** 28 - head) * (PROMPT + 8 * NEW) + head * 8 * NEW)
+        print(f"its products alone, at the speed of large ones: {products / arithmetic(torch.bfloat16):.2f} seconds")
         print(f"{'':32} {'seconds':>8} {'sampling':>9} {'peak GiB':>9}")
         rows = {}
         for row in only or STEP_ROWS:
