@@ -67,13 +67,16 @@ def tidy(model) -> None:
     except (AttributeError, OSError, TypeError):
         return  # musl, macOS, Windows
 
+    first, last = model.layers[0], getattr(model, model.last_norm)
+
     def give_back(layer, args):
         # Under checkpointing, gradients are on just before the layer is differentiated. And where a pass over more than
-        # a token begins, what sampling has held is free.
-        if torch.is_grad_enabled() or layer is model.layers[0] and args[0].shape[1] > 1:
+        # a token begins, what sampling has held is free; where it ends, what the pass has held, and the sampler's
+        # copies of the weights are still to come.
+        if torch.is_grad_enabled() or layer in (first, last) and args[0].shape[1] > 1:
             libc.malloc_trim(0)
 
-    for layer in model.layers:
+    for layer in (*model.layers, last):
         layer.register_forward_pre_hook(give_back)
 
 

@@ -147,13 +147,13 @@ class Transformer(nn.Module):
         rope = rope_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)  # 2 x [N, T, 1, hd]
         if self.checkpointing and torch.is_grad_enabled() and not x.requires_grad:
             x.requires_grad_()  # with a frozen embedding nothing else tells `checkpoint` that a gradient is wanted
-        own = []
+        own, prompt_mask = [], cache.shared_mask  # `run` must not hold the cache: a circle that is never collected
         for i, layer in enumerate(self.layers):
             prompt = cache.shared[i] if cache.shared else ()  # (k, v) or (last values,), the same for `past`
             past, n = cache.own[i] if cache.own else (), len(prompt)
 
             def run(x, *read, layer=layer, n=n):
-                shared = (*read[:n], cache.shared_mask) if n else None
+                shared = (*read[:n], prompt_mask) if n else None
                 x, kv = layer(x, rope, allowed, mask, shared, read[n:] or None)
                 return x, *kv
 

@@ -114,6 +114,7 @@ def packed(weights: Iterable[Tensor], rows: int, times: int) -> Iterator[None]:
     for matrices that do not stay in the cache anyway. Only without gradients, which need W itself.
     """
     try:
+        _SCRATCH.clear()  # what learning has left there would stand beside the copies
         for W in weights if times >= 16 and rows <= 128 else ():
             product = W.device.type == "cpu" and W.numel() > 2 ** 18 and _packed(W.detach(), rows)
             if product:

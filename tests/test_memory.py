@@ -68,21 +68,24 @@ def test_a_run_too_large_is_refused_with_a_size_that_fits(tmp_path):
 @linux
 def test_tidied_memory_goes_back_though_small_things_lie_between():
     """20 blocks of 4 MiB, a small one kept after each. Untidied, the heap keeps all of it; tidied, it goes when a layer
-    runs with gradients, or a pass over several tokens begins, and not while words are sampled."""
+    runs with gradients, or a pass over several tokens begins or ends, and not while words are sampled."""
     code = ("import sys; sys.path[:0] = ['.', 'tests']; import torch, memory; from helpers import tiny_model\n"
             "model, ids = tiny_model(), torch.ones(1, 3, dtype=torch.long)\n"
             "if sys.argv[1] == 'tidy': memory.tidy(model)\n"
             "rss = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096 >> 20\n"
             "model(ids).sum().backward()\n"
             "if sys.argv[1] != 'tidy': del [torch.ones(4 << 20)][:]\n"  # glibc's threshold grows to 16 MiB
-            "before, large, small = rss(), [], []\n"
-            "for _ in range(20): large.append(torch.ones(1 << 20)); small.append(torch.ones(1 << 10))\n"
-            "del large\n"
+            "before, small = rss(), []\n"
+            "def tear(*_):\n"
+            "    large = []\n"
+            "    for _ in range(20): large.append(torch.ones(1 << 20)); small.append(torch.ones(1 << 10))\n"
+            "if sys.argv[4] == 'before': tear()\n"
+            "else: model.layers[-1].register_forward_hook(tear)\n"
             "with torch.no_grad(): model(ids[:, :1])\n"  # a word of a completion: not even worth a look
             "print(rss() - before, end=' ')\n"
             "with torch.set_grad_enabled(sys.argv[2] == 'gradients'): model(ids[:, :int(sys.argv[3])])\n"
             "print(rss() - before)")
-    for when in (("gradients", "1"), ("none", "3")):
+    for when in (("gradients", "1", "before"), ("none", "3", "before"), ("none", "3", "within")):
         held = [subprocess.run([sys.executable, "-c", code, how, *when], cwd=ROOT, text=True, capture_output=True,
                                check=True) for how in ("untidy", "tidy")]
         (untidy, still), (waiting, tidy) = (map(int, run.stdout.split()) for run in held)

@@ -5,6 +5,7 @@ wasteful way of computing the same thing, in float64, values and gradients. Weig
 or rotation cannot hide behind an initial 0 or 1.
 """
 
+import gc
 import json
 import math
 import os
@@ -423,6 +424,29 @@ def test_checkpointing_recomputes_and_changes_nothing(family):
         calls.clear()
         model(ids)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_of_a_group_s_pass_outlives_its_gradient(family, checkpointing):
+    """A layer that is to be run again keeps its inputs; if one of them leads back to it, they stay for ever. Freed by
+    counting references: who waits for Python's collector of circles holds several steps of activations."""
+    model, prompts, completions = tiny_model(family), tokens(2, 8), tokens(4, 5, seed=1)
+    model.checkpointing = checkpointing
+    alive = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            cache = Cache()
+            first = model.hidden(prompts, cache)[:, -1]  # [2, D]
+            (model.hidden(completions, cache.share(2)).sum() + first.sum()).backward()
+            model.zero_grad(set_to_none=True)
+            del cache, first
+            alive.append(sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert alive[1] == alive[2], alive
 
 
 # ------------------------------------------------------------------------------------------- log-probabilities
@@ -948,6 +972,12 @@ def test_packing_is_for_long_completions_of_few_rows_and_ends_with_an_error(monk
     with pytest.raises(MemoryError), products.packed([W, W[1:]], 8, 64):
         pass
     assert not products.PACKED
+
+
+def test_packing_lets_go_of_scratch_memory_first():
+    products.scratch("weight", 10)
+    with products.packed([], 8, 64):
+        assert not products._SCRATCH
 
 
 @pytest.mark.parametrize("family, tied", [("qwen2", True), ("llama", False), ("lfm2", True)])
