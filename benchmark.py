@@ -30,7 +30,7 @@ import numpy as np
 
 from eval import Config, ask, find_model, opened, parse_budgets, room_for, write
 from experiment import interval
-from folder import find_folder, write_file
+from folder import find_folder, write_file, write_text
 from model import load
 from posts import Post, load_posts
 from rollout import REQUEST, TEMPLATES, fill
@@ -295,6 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache", default="runs/squish.sqlite", help="what was written and measured before")
     parser.add_argument("--out", default="runs/squish", help="folder of table.md, scores.jsonl and chart.png")
     args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="replace")  # as in train.py
     try:
         if min(args.n, args.samples, args.jobs) < 1 or args.temperature < 0:
             raise ValueError("--n, --samples and --jobs must be at least 1, --temperature at least 0.")
@@ -317,8 +318,8 @@ def main(argv: list[str] | None = None) -> int:
             progress("")
         out = Path(args.out)
         text = table(rows)
-        write_file(out / "table.md", lambda part: part.write_text(text))
-        write_file(out / "scores.jsonl", lambda part: part.write_text("".join(json.dumps(r) + "\n" for r in rows)))
+        write_text(out / "table.md", text)
+        write_text(out / "scores.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
         draw(rows, out / "chart.png")
     except (ValueError, OSError) as e:
         progress("")

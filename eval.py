@@ -168,7 +168,7 @@ def describe(r: dict) -> str:
 def read_lines(path: Path) -> list[dict]:
     """The whole lines of a JSONL file; a last one cut by a kill is no line."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -247,6 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.n is not None and args.n < 1 or args.target is not None and args.target < 1:
         parser.error("--n and --target must be at least 1")
+    sys.stdout.reconfigure(errors="replace")  # as in train.py
     print(f"{'model':32} {'n':>5} {'length':>12} {'+-2':>6} {'+-10%':>6} {'ROUGE-L':>8} {'METEOR':>7} "
           f"{'BLEU':>6} {'distinct':>8} {'copied':>7} {'stopped':>8}")
     try:

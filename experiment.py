@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from eval import Config, evaluate, read_lines, within
-from folder import read_json, write_file
+from folder import read_json, write_text
 from model import load
 from posts import TINY, load_posts
 from rewards import own_share
@@ -78,9 +78,10 @@ def train(folder: Path, stages: list[str], target: int, seed: int, threads: int)
         flags += ["--stages", *stages, "--seed", str(seed), "--target", str(target), "--eval-posts", "32"]
     folder.mkdir(parents=True, exist_ok=True)
     begun = time.time()
-    with open(folder / "log.txt", "a") as log:
+    with open(folder / "log.txt", "a", encoding="utf-8") as log:
         code = subprocess.run([sys.executable, Path(__file__).with_name("train.py"), *flags], stdout=log, stderr=log,
-                              env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
+                              env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"}
+                              ).returncode
     if code != 0:
         raise RuntimeError(f"{folder.name} ended with an error: {(folder / 'log.txt').read_text().splitlines()[-1]}")
     if {row["stage"] for row in read_lines(folder / "eval.jsonl")} != set(range(len(stages) + 1)):
@@ -95,7 +96,7 @@ def test(folder: Path, model_folder: Path, n: int, target: int) -> dict:
         kl = [row["kl"] for row in read_lines(folder / "metrics.jsonl")[-10:] if row["kl"] is not None]
         text = json.dumps({"target": target, "kl": fmean(kl) if kl else None, "summaries": r["summaries"]})
         folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / "test.json", lambda part: part.write_text(text))
+        write_text(folder / "test.json", text)
     r = read_json(folder / "test.json")
     if len(r["summaries"]) < n or r["target"] != target:
         raise ValueError(f"{folder}/test.json is of {len(r['summaries'])} posts and target {r['target']}: delete it.")
@@ -201,6 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--posts", type=int, default=300, help="test posts")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="replace")  # as in train.py
     configs = {name: stages for name, stages in configurations(args.first, args.steps).items()
                if name == "length only" or re.search(args.only, name)}
     jobs = [(name, seed) for seed in range(1 if args.fast else args.seeds) for name in configs]
@@ -227,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"experiment.py: {e}", file=sys.stderr)
         return 1
     text = table(results, "length only")
-    write_file(Path("runs") / f"{args.name}.md", lambda part: part.write_text(text))
+    write_text(Path("runs") / f"{args.name}.md", text)
     print(f"\n{text}\n{args.posts} test posts, greedy, target {args.target} tokens; †: Holm's p below 0.05."
           f"\nWordNet: {find_wordnet() or 'none'}. {(time.time() - begun) / 60:.0f} minutes. In runs/{args.name}.md")
     return 0

@@ -222,6 +222,10 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     write_files({path: write})
 
 
+def write_text(path: Path, text: str) -> None:
+    write_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
 def write_files(files: dict[Path, Callable[[Path], object]]) -> None:
     """Each `write(part)` beside its path, then all renamed: a full disk or a kill while writing leaves the old ones."""
     parts = {path: path.with_name(path.name + ".part") for path in files}

@@ -102,7 +102,7 @@ def list_splits(source: str, path: Path) -> dict[str, str]:
     """{split: config} of the config that `source` names, or of the only or default one; kept in `path`."""
     dataset, config = "/".join(source.split("/")[:2]), source.split("/")[2:]
     if path.exists():
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     found = [(s["config"], s["split"]) for s in rows_api(source, "splits", dataset=dataset).get("splits", [])]
     configs = list(dict.fromkeys(c for c, _ in found))
     config = config or [c for c in configs if len(configs) == 1 or c == "default"]
@@ -110,7 +110,7 @@ def list_splits(source: str, path: Path) -> dict[str, str]:
         raise ValueError(f"{dataset} is {len(configs)} data sets: take one of "
                          f"{', '.join(f'{dataset}/{c}' for c in configs[:20]) or 'none, it has no rows'}.")
     splits = {split: c for c, split in found if c == config[0]}
-    place(path, lambda part: part.write_text(json.dumps(splits)))
+    place(path, lambda part: part.write_text(json.dumps(splits), encoding="utf-8"))
     return splits
 
 

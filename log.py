@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import fmean
 
 from eval import describe, draw_curves, evaluate, evaluate_squish, read_lines
-from folder import write_file
-from words import find_wordnet
+from folder import write_text
+from words import find_wordnet, how_to_get_wordnet
 
 PENALTIES = {"length": "length_penalty", "repetition": "repetition_penalty"}  # rewards logged under another name
 # The progress line: key of metrics.jsonl, title, width, format.
@@ -35,7 +35,7 @@ class Log:
         if not (folder / "config.json").exists():
             # METEOR's values depend on whether there are synonyms, so a run says where it got them.
             text = json.dumps(dataclasses.asdict(config) | {"wordnet": str(find_wordnet() or "")}, indent=2) + "\n"
-            write_file(folder / "config.json", lambda part: part.write_text(text))
+            write_text(folder / "config.json", text)
         # What was logged after the checkpoint is about to happen again, and so is an evaluation that was not finished.
         kept = {name: [row for row in read_lines(folder / f"{name}.jsonl") if row["step"] <= step]
                 for name in ("metrics", "eval", "samples")}
@@ -43,8 +43,7 @@ class Log:
         self.evaluated = {(row["step"], row["stage"]) for row in kept["eval"]}
         kept["samples"] = [row for row in kept["samples"] if (row["step"], row["stage"]) in self.evaluated]
         for name, rows in kept.items():
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_file(folder / f"{name}.jsonl", lambda part, text=text: part.write_text(text))
+            write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def say(self, text: str) -> None:
         print(text, flush=True)
@@ -52,7 +51,7 @@ class Log:
     def append(self, name: str, row: dict) -> None:
         path = self.folder / f"{name}.jsonl"
         try:
-            with open(path, "a") as f:
+            with open(path, "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
         except OSError as e:
             raise OSError(f"Could not write {path} ({e.strerror}): the last checkpoint is good. Free some space, then "
@@ -67,8 +66,8 @@ class Log:
                  + (f"budgets {c.budgets} {c.budget_unit}" if self.by_model else f"target {c.target} tokens")
                  + f". Everything goes to {self.folder}.")
         if find_wordnet() is None and not self.by_model:
-            self.say("There is no WordNet on this machine (WNSEARCHDIR, or apt install wordnet-base): METEOR matches "
-                     "equal words and stems, no synonyms.")
+            self.say(f"There is no WordNet on this machine ({how_to_get_wordnet()}; or WNSEARCHDIR names its folder): "
+                     f"METEOR matches equal words and stems, no synonyms.")
         if self.first:
             self.say(f"Resumed after step {self.first}.")
 
@@ -137,7 +136,7 @@ class Log:
             return f"{row['length']} tokens"
         return f"SQUISH@{row['budget']} {row['squish']:.3f}, {row['used']:.0%} of the budget"
 
-    def finish(self, seconds: float, peak: float) -> None:
+    def finish(self, seconds: float, peak: float | None) -> None:
         """Curves, and what the run did to the first held-out posts."""
         evals, samples = read_lines(self.folder / "eval.jsonl"), read_lines(self.folder / "samples.jsonl")
         draw_curves(self.folder, self.config, [stage.end for stage in self.stages])
@@ -150,5 +149,6 @@ class Log:
         goal = "" if "squish" in last[0] else f", target {self.config.target} tokens"
         self.say(f"\nheld-out greedy summaries{goal}"
                  f"\n  before  {describe(evals[0])}\n  after   {describe(evals[-1])}"
-                 f"\nDone in {int(seconds // 60)}:{int(seconds % 60):02d}, with at most {peak:.1f} GiB of "
-                 f"memory. Look at {self.folder / 'curves.png'}; the model is in {self.folder / 'model'}.")
+                 f"\nDone in {int(seconds // 60)}:{int(seconds % 60):02d}"
+                 + ("" if peak is None else f", with at most {peak:.1f} GiB of memory")
+                 + f". Look at {self.folder / 'curves.png'}; the model is in {self.folder / 'model'}.")

@@ -74,9 +74,10 @@ def save_adapters(model: nn.Module, path: str | Path, base: str = "") -> None:
               "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
     state = {f"base_model.model.model.{name}.{which}.weight": getattr(m, which).detach().cpu().contiguous()
              for name, m in layers.items() for which in ("lora_A", "lora_B")}
+    text = json.dumps(config, indent=2) + "\n"
     write_files({
         Path(path) / "adapter_model.safetensors": lambda part: save_file(state, part, metadata={"format": "pt"}),
-        Path(path) / "adapter_config.json": lambda part: part.write_text(json.dumps(config, indent=2) + "\n")})
+        Path(path) / "adapter_config.json": lambda part: part.write_text(text, encoding="utf-8")})
 
 
 def load_adapters(model: nn.Module, path: str | Path) -> None:

@@ -6,6 +6,7 @@ start and not after an hour, and a sentence that says which flag to turn and how
 
 import ctypes
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -29,10 +30,11 @@ def available(proc: Path = Path("/proc"), group: Path = Path("/sys/fs/cgroup")) 
     None where nobody says (macOS)."""
     if resource is None or not (proc / "meminfo").exists():
         return None
-    kib = dict(re.findall(r"(\w+):\s+(\d+) kB", (proc / "meminfo").read_text()))
+    kib = dict(re.findall(r"(\w+):\s+(\d+) kB", (proc / "meminfo").read_text(encoding="utf-8")))
     free = 1024 * (int(kib["MemAvailable"]) + int(kib.get("SwapFree", 0)))
-    if (group / "memory.max").exists() and (most := (group / "memory.max").read_text().strip()).isdigit():
-        free = min(free, int(most) - int((group / "memory.current").read_text()))  # a container's own limit
+    most = (group / "memory.max").read_text(encoding="utf-8").strip() if (group / "memory.max").exists() else "max"
+    if most.isdigit():  # a container's own limit
+        free = min(free, int(most) - int((group / "memory.current").read_text(encoding="utf-8")))
     return free
 
 
@@ -46,7 +48,7 @@ def limit(device: str) -> int:
     free = available()
     if device != "cpu" or free is None:
         return 0
-    data = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    data = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     soft = 1024 * int(data[1]) + free
     resource.setrlimit(resource.RLIMIT_DATA, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
@@ -80,15 +82,17 @@ def tidy(model) -> None:
         layer.register_forward_pre_hook(give_back)
 
 
-def peak(device: str) -> float:
-    """The most that the process has held so far, in GiB: of the GPU's memory where it works on one."""
+def peak(device: str) -> float | None:
+    """The most that the process has held so far, in GiB: of the GPU's memory where it works on one. None: not known."""
     if device.startswith("cuda"):  # or cuda:1
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     if resource is None:
-        return float("nan")
-    if Path("/proc/self/status").exists():  # getrusage would count the process that started this one too
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 30  # macOS: in bytes
+        return None
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count the process that started this one too
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))[1]) / 2 ** 20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
 def is_full(e: BaseException) -> bool:

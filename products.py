@@ -14,9 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+
+def private(name: str) -> Callable | None:
+    """torch's operator "namespace::name", or None where this build lacks it.
+
+    Those that begin with an underscore are nobody's promise: torch for Apple silicon is built without oneDNN and
+    FBGEMM, and a later release may drop or rename them.
+    """
+    namespace, name = name.split("::")
+    return getattr(getattr(torch.ops, namespace), name, None)
+
+
 # A CPU without bfloat16 units (most laptops) multiplies bfloat16 at a tenth of float32's speed: there every large
-# product is made in float32, from weights that are widened a slice at a time.
-NARROW_IS_SLOW = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+# product is made in float32, from weights that are widened a slice at a time. Without oneDNN nobody uses such units.
+_has_units = private("mkldnn::_is_mkldnn_bf16_supported")
+NARROW_IS_SLOW = not (_has_units and _has_units())
 
 
 def widen(x: Tensor) -> bool:
@@ -124,25 +136,32 @@ def packed(weights: Iterable[Tensor], rows: int, times: int) -> Iterator[None]:
         PACKED.clear()  # also when memory ends while packing: a copy that stays would be of weights that change
 
 
+def has_fbgemm() -> bool:
+    """Whether torch multiplies float16 by FBGEMM, which is for x86: the operators are there without it, and raise."""
+    return torch.backends.quantized.engine in ("x86", "fbgemm")
+
+
 def _packed(W: Tensor, rows: int) -> Callable | None:
     """W [out, in] -> (x [..., in], b [out] or None -> x W^T + b), from a copy of W that is read fast; None: no way."""
     if W.dtype == torch.float32 or W.dtype == torch.bfloat16 and not NARROW_IS_SLOW:
-        if not torch.backends.mkldnn.is_available():
+        reorder, multiply = private("mkldnn::_reorder_linear_weight"), private("mkldnn::_linear_pointwise")
+        if not (reorder and multiply and torch.backends.mkldnn.is_available()):
             return None
-        P = torch.ops.mkldnn._reorder_linear_weight(W, rows)  # oneDNN's order
-        return lambda x, b: torch.ops.mkldnn._linear_pointwise(x, P, b, "none", [], "")
-    if W.dtype != torch.bfloat16 or torch.backends.quantized.engine not in ("x86", "fbgemm"):
+        P = reorder(W, rows)  # oneDNN's order
+        return lambda x, b: multiply(x, P, b, "none", [], "")
+    pack, multiply16 = private("quantized::linear_prepack_fp16"), private("quantized::linear_dynamic_fp16")
+    if W.dtype != torch.bfloat16 or not (pack and multiply16) or not has_fbgemm():
         return None
     # FBGEMM multiplies float32 rows by a float16 matrix, and widens that in registers where we would widen a copy.
     # Between 2^-17 and 65504 every bfloat16 is a float16 too; a smaller one is rounded by 2^-25 at most.
     low, high = map(float, W.aminmax())
     if not -65504 <= low <= high <= 65504:  # NaN included
         return None
-    parts = [torch.ops.quantized.linear_prepack_fp16(w.float(), None) for w in W.chunk(-(-W.numel() // 2 ** 22))]
+    parts = [pack(w.float(), None) for w in W.chunk(-(-W.numel() // 2 ** 22))]
 
     def product(x: Tensor, b: Tensor | None) -> Tensor:
         x = x.float().contiguous()  # [..., in]
-        y = torch.cat([torch.ops.quantized.linear_dynamic_fp16(x, part) for part in parts], -1)  # [..., out] float32
+        y = torch.cat([multiply16(x, part) for part in parts], -1)  # [..., out] float32
         return y if b is None else y + b
 
     return product

@@ -157,7 +157,8 @@ def make_optimizer(config: Config, model) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     if config.lean and not config.lora:
         return AdamW(trained, config.lr, weight_decay=config.weight_decay, seed=config.seed)
-    return torch.optim.AdamW(trained, config.lr, (0.9, 0.99), 1e-8, config.weight_decay, fused=True)
+    fused = trained[0].device.type in ("cpu", "cuda") or None  # None: whatever torch has for this device
+    return torch.optim.AdamW(trained, config.lr, (0.9, 0.99), 1e-8, config.weight_decay, fused=fused)
 
 
 def references(config: Config, model, tokenizer) -> tuple:

@@ -2,11 +2,12 @@
 
 1. `stem`: the Porter stemmer, for ROUGE and for METEOR's second stage;
 2. `synonyms`: a reader of Princeton's WordNet files, for METEOR's third stage. The files are found on the machine, not
-   shipped: Debian's `apt install wordnet-base` brings them, and so does `nltk.download("wordnet")`.
+   shipped: `apt install wordnet-base` (Debian), `brew install wordnet` (macOS) or nltk's downloader brings them.
 """
 
 import os
 import re
+import shutil
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -153,11 +154,21 @@ _FILES = [name for pos in _ENDINGS for name in (f"index.{pos}", f"data.{pos}", f
 
 def _places() -> Iterator[Path | zipfile.Path]:
     """Folders in which WordNet's files usually lie, the likeliest first; nltk keeps its copy zipped or unpacked."""
-    yield from map(Path, ("/usr/share/wordnet", "/usr/local/WordNet-3.0/dict", "/usr/local/share/wordnet/dict",
-                          "/opt/homebrew/opt/wordnet/dict", "/usr/local/opt/wordnet/dict"))
     roots = [*os.environ.get("NLTK_DATA", "").split(os.pathsep), "~/nltk_data", f"{sys.prefix}/nltk_data",
-             f"{sys.prefix}/share/nltk_data", f"{sys.prefix}/lib/nltk_data", "/usr/share/nltk_data",
-             "/usr/local/share/nltk_data", "/usr/lib/nltk_data", "/usr/local/lib/nltk_data"]
+             f"{sys.prefix}/share/nltk_data", f"{sys.prefix}/lib/nltk_data"]
+    if sys.platform == "win32":
+        programs = os.environ.get("ProgramFiles(x86)", "C:/Program Files (x86)")
+        folders = [f"{programs}/WordNet/2.1/dict"]  # Princeton's installer
+        roots += [f"{os.environ.get('APPDATA', '~/AppData/Roaming')}/nltk_data",
+                  *(f"{drive}:/nltk_data" for drive in "CDE")]
+    else:
+        folders = ["/usr/share/wordnet", "/usr/local/WordNet-3.0/dict", "/usr/local/share/wordnet/dict"]
+        folders += [f"{brew}/opt/wordnet/dict" for brew in  # Apple silicon, Intel, Linux, or wherever Homebrew is
+                    ("/opt/homebrew", "/usr/local", "/home/linuxbrew/.linuxbrew", os.environ.get("HOMEBREW_PREFIX"))
+                    if brew]
+        roots += ["/usr/share/nltk_data", "/usr/local/share/nltk_data", "/usr/lib/nltk_data",
+                  "/usr/local/lib/nltk_data"]
+    yield from map(Path, folders)
     for corpora in (Path(root).expanduser() / "corpora" for root in roots if root):
         yield corpora / "wordnet"
         if (corpora / "wordnet.zip").is_file():
@@ -177,6 +188,15 @@ def find_wordnet() -> Path | zipfile.Path | None:
                                     f"data.* and index.* files, or unset it.")
         return Path(named)
     return next((place for place in _places() if all((place / name).is_file() for name in _FILES)), None)
+
+
+def how_to_get_wordnet() -> str:
+    """The command that brings WordNet to this platform."""
+    if sys.platform == "darwin":
+        return "brew install wordnet"
+    if shutil.which("apt"):
+        return "apt install wordnet-base"
+    return "pip install nltk, then python -m nltk.downloader wordnet"
 
 
 @lru_cache(maxsize=1)

@@ -55,7 +55,8 @@ def batches() -> list[list[tuple[str, str]]]:
     """ROUNDS batches of (completion, reference) pairs that share about half of their words. No text comes twice: what
     is remembered of texts is of no use, as in training, but for a group's reference."""
     rng = random.Random(0)
-    texts = [json.loads(line)["document"].split() for line in (TINY / "train.jsonl").read_text().splitlines()]
+    lines = (TINY / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["document"].split() for line in lines]
     rounds = []
     for _ in range(ROUNDS):
         batch = []
@@ -499,7 +500,8 @@ def real_runs(only: Sequence[str] = ()) -> None:
             seconds = time.perf_counter() - begun
             if done.returncode:
                 sys.exit(done.stdout + done.stderr)
-            steps = [json.loads(line)["seconds"] for line in open(folder + "/runs/real/metrics.jsonl")]
+            steps = [json.loads(line)["seconds"]
+                     for line in open(folder + "/runs/real/metrics.jsonl", encoding="utf-8")]
             peak = float(re.search(r"at most ([\d.]+) GiB", done.stdout)[1])
             print(f"{name:20} {len(steps):6} {statistics.median(steps):13.1f} {seconds:8.0f} {peak:9.1f}", flush=True)
 
@@ -514,7 +516,7 @@ def curves(picture: str, runs: Sequence[str]) -> None:
     kinds = list(dict.fromkeys(Path(run).name.rpartition("-")[0] for run in runs))
     for run in runs:
         kind = Path(run).name.rpartition("-")[0]
-        rows = [json.loads(line) for line in open(Path(run) / "metrics.jsonl")]
+        rows = [json.loads(line) for line in open(Path(run) / "metrics.jsonl", encoding="utf-8")]
         for ax, name in zip(axes, ("reward", "within_10pct", "rouge_l", "kl")):
             steps, values = zip(*((row["step"], row[name]) for row in rows if name in row))
             means = [statistics.fmean(values[max(0, i - 15):i]) for i in range(1, len(values) + 1)]

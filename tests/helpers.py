@@ -105,8 +105,8 @@ def refusal(kind, call, *args, **kwargs):
 
 def edit_json(path, **changes):
     """Set keys of a JSON file; a value of ... deletes the key."""
-    value = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))
+    value = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    path.write_text(json.dumps({k: v for k, v in value.items() if v is not ...}), encoding="utf-8")
 
 
 @contextmanager
@@ -148,6 +148,7 @@ def nltk_wordnet():
         (folder / name).write_bytes((words.find_wordnet() / name).read_bytes())
     numbers = {"noun": 1, "verb": 2, "adj": 3, "adv": 4}
     (folder / "lexnames").write_text("".join(f"{i:02d}\t{name}\t{numbers[name.split('.')[0]]}\n"
-                                             for i, name in enumerate(LEXNAMES)))
-    with warnings.catch_warnings(action="ignore"):  # that there is no multilingual WordNet
+                                             for i, name in enumerate(LEXNAMES)), encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no multilingual WordNet
         return Reader(str(folder), None)

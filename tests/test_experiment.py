@@ -160,8 +160,9 @@ def commands(tmp_path, monkeypatch):
         given.append(command[2:])
         stdout.write("A line.\n")
         folder = Path("runs") / command[3]
-        (folder / "config.json").write_text(json.dumps({"stages": ["length:2", "bleu:1"], "target": 20}))
-        (folder / "eval.jsonl").write_text("".join(json.dumps({"stage": i}) + "\n" for i in range(3)))
+        config = {"stages": ["length:2", "bleu:1"], "target": 20}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        (folder / "eval.jsonl").write_text("".join(json.dumps({"stage": i}) + "\n" for i in range(3)), encoding="utf-8")
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(experiment.subprocess, "run", run)
@@ -175,7 +176,7 @@ def test_a_run_is_begun_with_all_that_it_needs_gone_on_with_and_then_left_alone(
     assert commands == [begun]
     train(folder, stages, 20, seed=7, threads=1)  # trained, but not yet tested
     assert commands == [begun, ["--run", "exp-x-7", "--resume"]]
-    assert (folder / "log.txt").read_text() == "A line.\n" * 2
+    assert (folder / "log.txt").read_text(encoding="utf-8") == "A line.\n" * 2
     for other in (["length:2", "meteor:1"], 20), (stages, 30):
         with pytest.raises(ValueError, match="other stages or another target"):
             train(folder, *other, seed=7, threads=1)
@@ -199,7 +200,7 @@ def test_it_is_tested_on_the_first_test_posts_for_its_target_and_not_again(tmp_p
     monkeypatch.setattr(experiment, "load", lambda folder: (folder, "its tokenizer"))
     monkeypatch.setattr(experiment, "evaluate", evaluate)
     kl = [*range(100, 111), None, *range(1, 10)]  # of 21 steps: the last ten are a skipped one... and 1 to 9
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"kl": value}) + "\n" for value in kl))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"kl": value}) + "\n" for value in kl), encoding="utf-8")
     first = experiment.test(tmp_path, tmp_path / "model", 4, 20)
     assert asked == [(tmp_path / "model", "its tokenizer", 20)] and (first["target"], first["kl"]) == (20, 5)
     assert [row["id"] for row in first["summaries"]] == ["test-0", "test-1", "test-2", "test-3"]
@@ -242,9 +243,9 @@ def test_it_trains_measures_and_does_nothing_twice(short, capsys, monkeypatch):
     assert experiment.main(short) == 0
     said = capsys.readouterr().out
     assert said.count(" s\n") == 2 and "| staged, length on, bleu |" in said
-    assert Path("runs/exp.md").read_text() in said
+    assert Path("runs/exp.md").read_text(encoding="utf-8") in said
     assert len(list(Path("runs").glob("exp-*-0"))) == 2
-    first = json.loads(Path("runs/exp-staged-length-on-bleu-0/test.json").read_text())
+    first = json.loads(Path("runs/exp-staged-length-on-bleu-0/test.json").read_text(encoding="utf-8"))
     assert len(first["summaries"]) == 3 and first["kl"] >= 0
     monkeypatch.setattr(experiment.subprocess, "run", None)  # no run is begun again
     assert experiment.main(short) == 0

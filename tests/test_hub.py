@@ -219,7 +219,7 @@ def test_the_validation_split_has_many_names(data, asked, tmp_path):
     assert load_posts(DATA, asked) == posts(20, "validation")
     folder = tmp_path / "local"
     folder.mkdir()
-    (folder / "val.jsonl").write_text(json.dumps(rows(1)[0]))
+    (folder / "val.jsonl").write_text(json.dumps(rows(1)[0]), encoding="utf-8")
     assert len(load_posts(folder, asked)) == 1  # of a folder's file too
 
 
@@ -287,12 +287,12 @@ def test_a_fetch_that_was_killed_goes_on(data, tmp_path):
     for torn in ('{"offset": 200, "total": 250, "rows": [{"prom', "", "\n[1]\n", "\n{}"):
         path = tmp_path / "posts" / "mlabonne--smoltldr--train.jsonl.gz"
         path.unlink(missing_ok=True)
-        Path(f"{path}.pages").write_text("\n".join(map(json.dumps, pages)) + "\n" + torn)
+        Path(f"{path}.pages").write_text("\n".join(map(json.dumps, pages)) + "\n" + torn, encoding="utf-8")
         assert load_posts(DATA) == posts(250)
         assert offsets(data) == [200]
         assert not Path(f"{path}.pages").exists()
     path.unlink()
-    Path(f"{path}.pages").write_text(json.dumps(pages[0]) + '\n{"offset": 100, "to')
+    Path(f"{path}.pages").write_text(json.dumps(pages[0]) + '\n{"offset": 100, "to', encoding="utf-8")
     data.fail("offset=200", *[(503, {})] * 6)  # stopped again: the page that followed the torn line counts as well
     refusal(OSError, load_posts, DATA)
     data.asked()
@@ -355,7 +355,7 @@ def test_a_full_disk_leaves_no_half_data_set(data, room, tmp_path):
 def test_what_is_here_is_not_looked_for_there(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mlabonne").mkdir()
-    Path("mlabonne/smoltldr").write_text(json.dumps(rows(1)[0]))
+    Path("mlabonne/smoltldr").write_text(json.dumps(rows(1)[0]), encoding="utf-8")
     assert load_posts(DATA) == posts(1)
     for name in ("posts/train.jsonl", "./posts/train", "a/b/c/d", "posts.jsonl.gz", "/posts/train", "~/posts"):
         assert "There is no" in refusal(FileNotFoundError, load_posts, name)  # none of them a name of the hub

@@ -161,7 +161,7 @@ def test_adapters_go_to_a_folder_and_come_back(tmp_path):
     save_adapters(model, tmp_path / "a", "some/base")
     load_adapters(again, tmp_path / "a")
     assert torch.equal(again(x), model(x))
-    raw = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    raw = json.loads((tmp_path / "a" / "adapter_config.json").read_text(encoding="utf-8"))
     assert (raw["r"], raw["lora_alpha"], raw["base_model_name_or_path"]) == (3, 6.0, "some/base")
 
 

@@ -26,7 +26,7 @@ def python(code: str, *args, cwd=None) -> subprocess.CompletedProcess:
 
 
 def meminfo(folder, text):
-    (folder / "meminfo").write_text(text)
+    (folder / "meminfo").write_text(text, encoding="utf-8")
     return folder
 
 
@@ -35,12 +35,12 @@ def test_what_is_left_is_the_machine_s_or_the_container_s(tmp_path):
     proc = meminfo(tmp_path, "MemTotal:  9000 kB\nMemFree:  100 kB\nMemAvailable:  4000 kB\nSwapFree:  1000 kB\n")
     nowhere = tmp_path / "none"
     assert memory.available(proc, nowhere) == 5000 * 1024
-    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.max").write_text("max\n", encoding="utf-8")
     assert memory.available(proc, tmp_path) == 5000 * 1024
-    (tmp_path / "memory.max").write_text("3000000\n")
-    (tmp_path / "memory.current").write_text("1000000\n")
+    (tmp_path / "memory.max").write_text("3000000\n", encoding="utf-8")
+    (tmp_path / "memory.current").write_text("1000000\n", encoding="utf-8")
     assert memory.available(proc, tmp_path) == 2_000_000
-    (tmp_path / "memory.max").write_text("900000000\n")  # more than the machine has left
+    (tmp_path / "memory.max").write_text("900000000\n", encoding="utf-8")  # more than the machine has left
     assert memory.available(proc, tmp_path) == 5000 * 1024
     assert memory.available(nowhere, nowhere) is None
 

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import products
+from folder import read_json
 from model import Cache, Transformer, add_lora, load, pad, read_config, save, token_logprobs
 from tests.helpers import (
     assert_same,
@@ -199,7 +200,7 @@ def test_both_generations_of_lfm2_configs_mean_the_same(tmp_path):
 ])
 def test_the_published_lfm2_configs_are_understood(name, width, attends, layers):
     """Both generations of them, as they are on the hub: the shapes of the weights follow."""
-    raw = json.loads(real(f"tokenizers/{name}").read_text())
+    raw = json.loads(real(f"tokenizers/{name}").read_text(encoding="utf-8"))
     c = read_config(raw, name)
     assert [i for i, kind in enumerate(c.layer_types) if kind == "full_attention"] == attends
     assert (c.intermediate_size, len(c.layer_types), c.head_dim, c.conv_L_cache) == (width, layers, 64, 3)
@@ -221,7 +222,7 @@ def test_a_stored_rotation_table_is_passed_over(tmp_path):
 def test_a_pretrained_model_tells_the_story_it_is_known_for():
     """Not random weights this time: 200 greedy steps, logits and log-probabilities of a real little Llama."""
     folder = real("models/stories260k")
-    golden = json.loads((folder / "golden.json").read_text())
+    golden = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
     model, tokenizer = load(folder, "cpu")
     ids = golden["greedy_ids_from_bos_200_steps"]
     cache, said = Cache(), ids[:1]
@@ -630,9 +631,9 @@ def test_everything_beside_the_weights_passes_through(tmp_path):
     save(ours, tokenizer, tmp_path / "after")
     for name, text in files.items():
         assert (tmp_path / "after" / name).read_bytes() == text.encode(), name
-    before, after = (json.loads((f / "tokenizer.json").read_text()) for f in (folder, tmp_path / "after"))
+    before, after = (read_json(f / "tokenizer.json") for f in (folder, tmp_path / "after"))
     assert before == after
-    before, after = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "after"))
+    before, after = (read_json(f / "config.json") for f in (folder, tmp_path / "after"))
     assert {k: v for k, v in after.items() if not k.endswith("dtype")} == {
         k: v for k, v in before.items() if not k.endswith("dtype")}
     assert not list((tmp_path / "after").glob("*.part"))
@@ -682,7 +683,7 @@ def test_a_failed_save_leaves_the_old_model(tmp_path, fails_at):
 
 
 def test_a_save_onto_a_file_is_one_sentence(tmp_path):
-    (tmp_path / "taken").write_text("x")
+    (tmp_path / "taken").write_text("x", encoding="utf-8")
     assert str(tmp_path / "taken") in refusal(OSError, save, tiny_model(), None, tmp_path / "taken")
 
 
@@ -713,7 +714,7 @@ def test_a_folder_that_is_not_there(tmp_path):
     assert str(tmp_path / "nowhere") in message
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty" / "config.json") in refusal(FileNotFoundError, load, tmp_path / "empty")
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
     assert str(tmp_path / "file") in refusal(ValueError, load, tmp_path / "file")
 
 
@@ -816,13 +817,13 @@ def test_a_missing_shard_is_named(whole, tmp_path):
 @pytest.mark.parametrize("text", ["{", "{}"], ids=["cut", "no weight_map"])
 def test_a_broken_index_is_named(whole, tmp_path, text):
     folder = broken(whole, tmp_path, "sharded")
-    (folder / "model.safetensors.index.json").write_text(text)
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     assert str(folder / "model.safetensors.index.json") in refusal(ValueError, load, folder)
 
 
 def test_a_broken_tokenizer_is_named(whole, tmp_path):
     folder = broken(whole, tmp_path)
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
     assert str(folder / "tokenizer.json") in refusal(ValueError, load, folder)
 
 
@@ -909,7 +910,7 @@ def test_a_slice_is_never_large_and_never_nothing():
 def test_packed_products_are_the_same(rows, dtype):
     """The same numbers in the same places, bias and leading sizes included, whatever number of rows was announced; and
     the weights themselves again afterwards."""
-    if dtype == torch.bfloat16 and products.NARROW_IS_SLOW and torch.backends.quantized.engine not in ("x86", "fbgemm"):
+    if dtype == torch.bfloat16 and products.NARROW_IS_SLOW and not products.has_fbgemm():
         pytest.skip("no bfloat16 units and no FBGEMM: such weights are never packed here")
     g = torch.Generator().manual_seed(0)
     W, V, b = (torch.randn(n, generator=g).to(dtype) for n in ((14_500, 300), (40, 300), (14_500,)))
@@ -933,7 +934,7 @@ def test_packed_products_are_the_same(rows, dtype):
 
 
 @torch.no_grad()
-@pytest.mark.skipif(torch.backends.quantized.engine not in ("x86", "fbgemm"), reason="FBGEMM is for x86")
+@pytest.mark.skipif(not products.has_fbgemm(), reason="FBGEMM is for x86")
 def test_a_float16_copy_stands_for_bfloat16_weights_only_where_it_can(monkeypatch):
     """Every bfloat16 from 2^-17 to 65504 is a float16; smaller ones may lose 2^-25, and larger ones are not packed."""
     monkeypatch.setattr(products, "NARROW_IS_SLOW", True)

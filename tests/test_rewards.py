@@ -139,7 +139,7 @@ def golden():
     path = GOLDEN / "rouge_google.json"
     if not path.is_file():
         pytest.skip(f"no {path}: the numbers of the original Perl ROUGE are checked only where that file is at hand")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -477,7 +477,7 @@ def test_chunks_by_hand():
 def from_golden(name):
     if not (GOLDEN / name).exists():
         pytest.skip("the golden values of other projects' test suites are not on this machine")
-    return json.loads((GOLDEN / name).read_text())
+    return json.loads((GOLDEN / name).read_text(encoding="utf-8"))
 
 
 def test_golden_values_of_meteor():

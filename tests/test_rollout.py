@@ -29,6 +29,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 import products
 import rollout
+from folder import read_json
 from grpo import group_logprobs
 from model import read_config, save
 from rollout import Post, choose_template, draw, load_posts, render, sample, tokenize
@@ -114,7 +115,7 @@ def test_a_named_field_that_is_absent_is_named(tmp_path):
 def test_files_that_are_absent_empty_or_broken_are_named(tmp_path):
     assert str(tmp_path / "no.jsonl") in refusal(FileNotFoundError, load_posts, tmp_path / "no.jsonl")
     assert "valid.jsonl" in refusal(FileNotFoundError, load_posts, tmp_path, "valid")  # a folder without that split
-    (tmp_path / "empty.jsonl").write_text("\n\n")
+    (tmp_path / "empty.jsonl").write_text("\n\n", encoding="utf-8")
     assert str(tmp_path / "empty.jsonl") in refusal(ValueError, load_posts, tmp_path / "empty.jsonl")
     path = write(tmp_path / "a.jsonl.gz", ROWS)
     whole = path.read_bytes()
@@ -164,8 +165,9 @@ def published(name):
     """The chat template of a folder, in either of the places where it may be."""
     folder = real(f"tokenizers/{name}")
     jinja = folder / "chat_template.jinja"
-    return jinja.read_text() if jinja.exists() else json.loads((folder / "tokenizer_config.json").read_text())[
-        "chat_template"]
+    if jinja.exists():
+        return jinja.read_text(encoding="utf-8")
+    return read_json(folder / "tokenizer_config.json")["chat_template"]
 
 
 @pytest.mark.parametrize("name, template", [
@@ -287,12 +289,12 @@ def test_a_tokenizer_without_marks_takes_no_chat_template():
 def test_published_models_end_and_are_asked_as_they_were_trained(name, ends, chosen):
     """Their own config.json, generation_config.json and templates; only the weights are missing."""
     folder = real(f"tokenizers/{name}")
-    config, generation = (json.loads((folder / f"{kind}.json").read_text()) for kind in ("config", "generation_config"))
+    config, generation = (read_json(folder / f"{kind}.json") for kind in ("config", "generation_config"))
     model = tiny_model(config["model_type"])
     model.config = read_config(config, name, generation)
     model.sidecars = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert set(model.config.eos_token_ids) == ends
-    added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    added = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["added_tokens_decoder"]
     tokenizer = SimpleNamespace(token_to_id={token["content"]: int(i) for i, token in added.items()}.get)
     assert choose_template(model, tokenizer) == chosen
 

@@ -2,7 +2,6 @@
 
 import json
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -39,7 +38,7 @@ def cwd(tmp_path, monkeypatch) -> Path:
 
 
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def start(cwd: Path, *args: str) -> subprocess.Popen:
@@ -77,7 +76,7 @@ def test_a_run_logs_what_became_of_the_summaries_and_leaves_adapters(whole):
 
 
 def test_every_number_of_such_a_run_is_explained_in_the_readme(whole):
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in lines(whole / "metrics.jsonl")[-1].keys() | lines(whole / "eval.jsonl")[-1].keys():
         assert f"`{name.partition('@')[0]}" in readme, name
 
@@ -88,9 +87,9 @@ def test_a_killed_run_resumes_bit_for_bit(whole, cwd):
     print("killed at", moment)
     process = start(cwd, *RUN, "--run", "r")
     path = cwd / "runs" / "r" / "metrics.jsonl"
-    while process.poll() is None and not (path.exists() and path.read_text().count("\n") >= moment):
+    while process.poll() is None and not (path.exists() and path.read_text(encoding="utf-8").count("\n") >= moment):
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
     out, _ = (process := start(cwd, "--resume", "--run", "r")).communicate(timeout=300)
     assert process.returncode == 0, out
@@ -255,20 +254,21 @@ def test_bad_settings_are_sentences(cwd, capsys):
     assert "char_length" in refused(capsys, train.main, "--stages", "squish+length:1")
     assert "notes" in refused(capsys, train.main, *few, "--template", "none")
     (cwd / "long.jsonl").write_text("".join(json.dumps({"text": "a long story " * 500, "id": i}) + "\n"
-                                            for i in range(20)))
+                                            for i in range(20)), encoding="utf-8")
     assert "--max-document" in refused(capsys, train.main, *few, "--data", "long.jsonl", "--max-new-tokens", "40")
     bench = evaluation.main
     assert "no folder" in refused(capsys, bench, "squish", "--models", "nowhere", "--n", "2")
     assert "no folder" in refused(capsys, bench, "squish", "--references", "nowhere", "--n", "2")
     assert "0.05,0.1,200" in refused(capsys, bench, "squish", "--budgets", "x")
     assert "temperature" in refused(capsys, bench, "squish", "--samples", "2")
-    (cwd / "broken.sqlite").write_text("this is no data base, and long enough to be looked at by its reader" * 20)
+    text = "this is no data base, and long enough to be looked at by its reader"
+    (cwd / "broken.sqlite").write_text(text * 20, encoding="utf-8")
     assert "--cache" in refused(capsys, bench, "squish", "--cache", "broken.sqlite", "--n", "2")
 
 
 def test_documents_are_cut_before_anybody_sees_them(cwd):
     (cwd / "long.jsonl").write_text("".join(json.dumps({"text": f"{i}. a long story " * 200, "id": i}) + "\n"
-                                            for i in range(20)))
+                                            for i in range(20)), encoding="utf-8")
     c = config(data="long.jsonl", max_document=50)
     model, tokenizer, posts, held_out, _ = train.prepare(c, train.parse_stages(c.stages))
     for post in posts + held_out:
@@ -350,7 +350,7 @@ def test_models_servers_and_baselines_stand_in_one_table(server, cwd, capsys):
     room = rooms[[p.document for p in posts].index(asked["messages"][1]["content"])]
     assert f"at most {room} characters, about {round(0.9 * room)}." in asked["messages"][0]["content"]
     assert (cwd / "runs/squish/chart.png").read_bytes().startswith(b"\x89PNG")
-    text = (cwd / "runs/squish/table.md").read_text()
+    text = (cwd / "runs/squish/table.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out and text.count("\n") == 8
 
 

@@ -40,8 +40,8 @@ def test_the_posts_are_the_generators(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "HERE", tmp_path)
     monkeypatch.setattr(make, "SPLITS", {"train": 40})
     make.write_posts(random.Random(0))
-    written = (tmp_path / "train.jsonl").read_text().splitlines()
-    assert written == (TINY / "train.jsonl").read_text().splitlines()[:40]
+    written = (tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    assert written == (TINY / "train.jsonl").read_text(encoding="utf-8").splitlines()[:40]
 
 
 def test_a_reference_keeps_the_point_and_a_careless_summary_does_not():
@@ -77,7 +77,7 @@ def test_transformers_loads_the_folder_as_it_is(tiny):
         torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
     assert set(model.config.eos_token_ids) == set(theirs.generation_config.eos_token_id)
     assert (TINY / "model.safetensors").stat().st_size < 8e6
-    assert json.loads((TINY / "config.json").read_text())["model_type"] == "qwen2"
+    assert json.loads((TINY / "config.json").read_text(encoding="utf-8"))["model_type"] == "qwen2"
 
 
 def test_it_writes_summaries_but_misses_the_length(tiny):
@@ -116,6 +116,6 @@ def test_a_few_steps_teach_it_its_length(tmp_path, monkeypatch):
     """Twenty steps of the default's first stage: the mean distance from the target shrinks."""
     monkeypatch.chdir(tmp_path)
     assert train.main(["--run", "r", "--stages", "length:20", "--eval-posts", "16", "--beta", "0"]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "runs/r/metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "runs/r/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert fmean(r["reward"] for r in rows[-5:]) > fmean(r["reward"] for r in rows[:5]) + 0.05
     assert all(row["kl"] is None for row in rows)  # beta 0 needs no reference, and none is asked

@@ -6,7 +6,6 @@ import io
 import json
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import disk_full_after
 from tokenizers import Tokenizer
 
 import eval as evaluation
@@ -33,7 +33,7 @@ TIMINGS = {"seconds", "tokens_per_s"}
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
     """A random model of one narrow layer with the tiny folder's tokenizer: a training step takes milliseconds."""
-    raw = json.loads((TINY / "config.json").read_text()) | {
+    raw = json.loads((TINY / "config.json").read_text(encoding="utf-8")) | {
         "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 1, "tie_word_embeddings": False}
     torch.manual_seed(0)
@@ -61,7 +61,7 @@ def start(cwd: Path, *args: str) -> subprocess.Popen:
 
 
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def untimed(path: Path) -> list[dict]:
@@ -71,7 +71,7 @@ def untimed(path: Path) -> list[dict]:
 def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
     deadline = time.time() + 120
     while process.poll() is None and time.time() < deadline:
-        if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") >= step:
+        if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text(encoding="utf-8").count("\n") >= step:
             return
         time.sleep(0.002)
     raise AssertionError(f"the run never came to step {step}: {process.communicate()[0]}")
@@ -97,7 +97,7 @@ def test_a_killed_run_resumes_bit_for_bit(small, whole, cwd):
         process = start(cwd, *(["--resume"] if i else ["--model", str(small), *SMALL]), "--run", "r")
         wait_for_step(process, cwd / "runs" / "r", moment)
         time.sleep(dice.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.communicate()
     process = start(cwd, "--resume", "--run", "r")
     out, _ = process.communicate(timeout=180)
@@ -110,6 +110,7 @@ def test_a_killed_run_resumes_bit_for_bit(small, whole, cwd):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
 def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(small, whole, cwd):
     process = start(cwd, "--model", str(small), "--run", "r", *SMALL)
     wait_for_step(process, cwd / "runs" / "r", 4)
@@ -146,7 +147,7 @@ def test_what_a_run_leaves_behind(whole):
 
 
 def test_every_logged_number_is_explained_in_the_readme(whole):
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in lines(whole / "metrics.jsonl")[-1].keys() | lines(whole / "eval.jsonl")[-1].keys():
         assert f"`{name}`" in readme, name
 
@@ -207,7 +208,7 @@ def test_bad_posts_are_sentences(small, cwd, capsys):
     def posts(change) -> str:
         rows = list(good)
         change(rows)
-        Path("posts.jsonl").write_text("\n".join(rows))
+        Path("posts.jsonl").write_text("\n".join(rows), encoding="utf-8")
         return refused(capsys, "--model", str(small), "--data", "posts.jsonl", *SMALL)
 
     assert "posts.jsonl line 17" in posts(lambda r: r.__setitem__(16, r[16][:-5]))
@@ -224,7 +225,7 @@ def test_a_post_list_of_ones_own(small, cwd, capsys):
     """A single file: the last tenth is held out, and too long posts can be left out by name of their size."""
     rows = [json.dumps({"post": f"Post number {i} about a cat.", "tldr": "A cat."}) for i in range(40)]
     rows[4] = json.dumps({"post": "cat " * 1100, "tldr": "x"})
-    Path("posts.jsonl").write_text("\n".join(rows))
+    Path("posts.jsonl").write_text("\n".join(rows), encoding="utf-8")
     args = ["--model", str(small), "--data", "posts.jsonl", "--prompts", "2", "--group", "2", "--target", "6",
             "--stages", "length:2", "--max-prompt", "200", "--run", "own"]
     assert train.main(args) == 0
@@ -248,7 +249,8 @@ def test_a_run_is_never_overwritten(small, cwd, capsys):
 def test_what_is_rehearsed_is_the_batch_of_the_longest_prompts(small, cwd):
     """Posts of 1 to 40 cats in some order; those that are held out do not count."""
     cats = random.Random(0).sample(range(1, 41), 40)
-    Path("posts.jsonl").write_text("\n".join(json.dumps({"post": "A" + " cat" * n, "tldr": "x"}) for n in cats))
+    rows = [json.dumps({"post": "A" + " cat" * n, "tldr": "x"}) for n in cats]
+    Path("posts.jsonl").write_text("\n".join(rows), encoding="utf-8")
     config = train.Config(model=str(small), data="posts.jsonl", target=6, prompts=3, stages=["length:1"])
     _, tokenizer, posts, _, longest = train.prepare(config, train.parse_stages(config.stages))
     cat = tokenizer.encode(" cat").ids
@@ -302,12 +304,8 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(small, cwd, capsys):
     args = ["--model", str(small), *SMALL, "--stages", "length:6", "--save-every", "2"]
     assert train.main([*args, "--run", "room"]) == 0
     capsys.readouterr()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
+    with disk_full_after(100_000):
         error = refused(capsys, *args, "--run", "full")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "Could not write" in error and "state.pt" in error and not list(Path("runs/full").rglob("*.part"))
     assert train.main(["--run", "full", "--resume"]) == 0
     assert untimed(Path("runs/full/metrics.jsonl")) == untimed(Path("runs/room/metrics.jsonl"))

@@ -5,6 +5,7 @@ whole one is compared where this machine has it.
 """
 
 import doctest
+import os
 import random
 import zipfile
 from pathlib import Path
@@ -131,9 +132,9 @@ def small(tmp_path):
         for lemma, where in sorted(lemmas[pos].items()):
             places = " ".join(f"{offsets[i]:08d}" for i in where)
             index += f"{lemma} {pos[0]} {len(where)} 1 @ {len(where)} 0 {places}  \n"
-        (folder / f"data.{pos}").write_text(data)
-        (folder / f"index.{pos}").write_text(index)
-        (folder / f"{pos}.exc").write_text(irregular[pos])
+        (folder / f"data.{pos}").write_text(data, encoding="utf-8", newline="\n")
+        (folder / f"index.{pos}").write_text(index, encoding="utf-8", newline="\n")
+        (folder / f"{pos}.exc").write_text(irregular[pos], encoding="utf-8", newline="\n")
     return folder
 
 
@@ -183,6 +184,21 @@ def test_where_wordnet_is_looked_for(small, tmp_path, monkeypatch):
         find_wordnet()
 
 
+@pytest.mark.parametrize("platform, apt, command, place", [
+    ("linux", "/usr/bin/apt", "apt install wordnet-base", "/usr/share/wordnet"),
+    ("linux", None, "python -m nltk.downloader wordnet", "/usr/local/share/nltk_data/corpora/wordnet"),
+    ("darwin", None, "brew install wordnet", "/opt/homebrew/opt/wordnet/dict"),
+    ("darwin", "/usr/bin/apt", "brew install wordnet", "/my/brew/opt/wordnet/dict"),  # macOS has another apt
+    ("win32", None, "python -m nltk.downloader wordnet", "C:/Users/me/AppData/Roaming/nltk_data/corpora/wordnet")])
+def test_each_platform_has_its_places_and_its_command(platform, apt, command, place, monkeypatch):
+    monkeypatch.setattr(module.sys, "platform", platform)
+    monkeypatch.setattr(module.shutil, "which", lambda name: apt)
+    monkeypatch.setenv("HOMEBREW_PREFIX", "/my/brew")
+    monkeypatch.setenv("APPDATA", "C:/Users/me/AppData/Roaming")
+    assert module.how_to_get_wordnet().endswith(command)
+    assert Path(place) in list(module._places())
+
+
 def test_an_empty_variable_is_no_place(monkeypatch):
     monkeypatch.setenv("NLTK_DATA", "")  # and not the folder that one happens to be in
     assert all(Path(str(place)).is_absolute() for place in module._places())
@@ -210,7 +226,7 @@ def test_each_ending_is_taken_off(pos, inflected, monkeypatch):
 @pytest.mark.parametrize("zipped", [False, True])
 def test_nltks_copy_is_found_too(small, tmp_path, monkeypatch, zipped):
     monkeypatch.delenv("WNSEARCHDIR", raising=False)
-    monkeypatch.setenv("NLTK_DATA", str(tmp_path / "none") + ":" + str(tmp_path / "nltk_data"))
+    monkeypatch.setenv("NLTK_DATA", os.pathsep.join([str(tmp_path / "none"), str(tmp_path / "nltk_data")]))
     places = [place for place in module._places() if str(place).startswith(str(tmp_path))]
     corpora = tmp_path / "nltk_data" / "corpora"
     assert places == [tmp_path / "none" / "corpora" / "wordnet", corpora / "wordnet"]

@@ -64,7 +64,7 @@ def write_posts(rng: random.Random) -> set[str]:
                 seen.add(s.document)
                 rows.append({"id": f"{split}-{len(rows)}", "document": s.document, "summary": s.reference})
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        (HERE / f"{split}.jsonl").write_text(text, encoding="utf-8")
+        (HERE / f"{split}.jsonl").write_text(text, encoding="utf-8", newline="\n")
     return seen
 
 
@@ -100,7 +100,7 @@ def write_folder(tokenizer: Tokenizer) -> dict:
                                   "chat_template": CHAT_TEMPLATE},
     }
     for name, content in files.items():
-        (HERE / name).write_text(json.dumps(content, indent=2) + "\n")
+        (HERE / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
     tokenizer.save(str(HERE / "tokenizer.json"))
     return config
 
