@@ -17,12 +17,13 @@ from statistics import fmean, pstdev
 
 import numpy as np
 
-from folder import read_json, write_file
 from model import load
-from posts import TINY, Post, has_splits, load_posts, load_split
+from plumbing.folder import read_json, write_file
+from plumbing.posts import TINY, Post, has_splits, load_posts, load_split
 from rewards import bleu, copy_rate, distinct, meteor, repetition, rouge_l, templated
-from rollout import TEMPLATES, Group, choose_template, sample, tokenize
+from rollout import Group, sample
 from squish import CLOSE, allowance, encode, ensemble, extract, fits, size
+from task import TEMPLATES, choose_template, tokenize
 
 
 @dataclass
@@ -231,8 +232,7 @@ def draw_curves(folder: Path, config, stage_ends: list[int]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     if (argv := sys.argv[1:] if argv is None else argv)[:1] == ["squish"]:
-        import benchmark
-        return benchmark.main(argv[1:])
+        sys.exit("eval.py: the benchmark is python -m studies.squish_benchmark.")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("models", nargs="+", metavar="RUN_OR_MODEL", help="a run, a model folder, or 'tiny'")

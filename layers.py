@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from folder import Config
-from products import linear, widen
+from plumbing.folder import Config
+from plumbing.products import linear, widen
 
 
 class Linear(nn.Linear):

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from folder import read_json, write_files
 from layers import Linear
+from plumbing.folder import read_json, write_files
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = (), seed: int = 0) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import chain
 
-from words import stem, synonyms
+from plumbing.words import stem, synonyms
 
 # ------------------------------------------------------------------------------------------------------------- ROUGE-L
 

@@ -23,10 +23,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from folder import SIDECARS, Config, find_folder, read_config, read_json, read_weights, write_files
 from layers import Layer, Lfm2Layer, Linear, RMSNorm, rope_table
 from lora import add_lora, effective_weight, load_adapters, merge_lora, save_adapters
-from products import linear, packed, to_logits, wide, widen
+from plumbing.folder import SIDECARS, Config, find_folder, read_config, read_json, read_weights, write_files
+from plumbing.products import linear, packed, to_logits, wide, widen
 
 __all__ = ["Cache", "Config", "Transformer", "add_lora", "linear", "load", "load_adapters", "merge_lora", "pad",
            "read_config", "save", "save_adapters", "to_logits", "token_logprobs"]

@@ -23,17 +23,18 @@ import numpy as np
 import torch
 
 import grpo
-import memory
 import rewards
-from adamw import AdamW
-from checkpoint import load_checkpoint, save_checkpoint, stage_reference
+from config import Config, Stage, budgets_of, check, open_run, parse_stages, read_arguments
 from eval import ask, content_lengths, opened, room_for, within
-from flags import Config, Stage, budgets_of, check, open_run, parse_stages, read_arguments
-from log import PENALTIES, Log
 from model import add_lora, load, save, save_adapters
-from posts import TINY, Post, load_split
-from rollout import choose_template, sample, tokenize
+from plumbing import memory
+from plumbing.adamw import AdamW
+from plumbing.checkpoint import load_checkpoint, save_checkpoint, stage_reference
+from plumbing.log import PENALTIES, Log
+from plumbing.posts import TINY, Post, load_split
+from rollout import sample
 from squish import CLOSE, cost, cut, ensemble, extract, fits, penalise
+from task import choose_template, tokenize
 
 
 def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:

@@ -136,7 +136,7 @@ def nltk_wordnet():
     import nltk
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
-    import words
+    from plumbing import words
 
     class Reader(WordNetCorpusReader):
         def map_wn(self, version="wordnet"):  # from other versions of WordNet, which are not asked for

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import adamw
-from adamw import AdamW, round_at_random
+from plumbing import adamw
+from plumbing.adamw import AdamW, round_at_random
 
 
 def descend(optimizer_of, dtype=torch.float32, steps=20, seed=0):

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import experiment
-from experiment import configurations, holm, interval, measure, run_folder, sign_flip, table, train
 from rewards import distinct, parse
+from studies import rewards_grid as experiment
+from studies.rewards_grid import configurations, holm, interval, measure, run_folder, sign_flip, table, train
 from train import parse_stages
 
 

@@ -19,12 +19,12 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-import hub
-import rollout
+import task
 import train
-from folder import find_folder
 from model import load
-from posts import TINY, Post, load_posts, load_split
+from plumbing import hub
+from plumbing.folder import find_folder
+from plumbing.posts import TINY, Post, load_posts, load_split
 from tests.helpers import disk_full_after, refusal
 from tests.loopback import Hub
 
@@ -50,7 +50,7 @@ def server(monkeypatch, tmp_path):
 
 
 def test_the_examples_in_the_docstrings_hold():
-    for module in (hub, rollout):
+    for module in (hub, task):
         results = doctest.testmod(module)
         assert results.failed == 0 and results.attempted > 0
 

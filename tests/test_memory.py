@@ -10,11 +10,11 @@ import pytest
 import torch
 from helpers import tiny_model
 
-import memory
 from model import add_lora
+from plumbing import memory
 
 ROOT = Path(__file__).resolve().parents[1]
-PRELUDE = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, memory; "
+PRELUDE = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch; from plumbing import memory; "
            "n = int(sys.argv.pop(1)); memory.available = lambda: n; ")
 TRAIN = PRELUDE + "import train; sys.exit(train.main(sys.argv[1:]))"
 LARGE = ("--prompts", "8", "--group", "64", "--max-new-tokens", "60", "--stages", "length:1", "--eval-posts", "2")
@@ -69,7 +69,8 @@ def test_a_run_too_large_is_refused_with_a_size_that_fits(tmp_path):
 def test_tidied_memory_goes_back_though_small_things_lie_between():
     """20 blocks of 4 MiB, a small one kept after each. Untidied, the heap keeps all of it; tidied, it goes when a layer
     runs with gradients, or a pass over several tokens begins or ends, and not while words are sampled."""
-    code = ("import sys; sys.path[:0] = ['.', 'tests']; import torch, memory; from helpers import tiny_model\n"
+    code = ("import sys; sys.path[:0] = ['.', 'tests']; import torch; from plumbing import memory\n"
+            "from helpers import tiny_model\n"
             "model, ids = tiny_model(), torch.ones(1, 3, dtype=torch.long)\n"
             "if sys.argv[1] == 'tidy': memory.tidy(model)\n"
             "rss = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096 >> 20\n"
@@ -96,7 +97,8 @@ def test_tidied_memory_goes_back_though_small_things_lie_between():
 def test_a_peak_is_the_process_s_own_and_stays():
     """Not that of the large process which starts it, and also after the memory is gone."""
     large = ("import torch, subprocess, sys; x = torch.ones(1 << 28); sys.exit(subprocess.call(sys.argv[1:]))")
-    small = "import torch, memory; print(memory.peak('cpu')); torch.ones(1 << 27); print(memory.peak('cpu'))"
+    small = ("import torch; from plumbing.memory import peak\n"
+             "print(peak('cpu')); torch.ones(1 << 27); print(peak('cpu'))")
     out = subprocess.run([sys.executable, "-c", large, sys.executable, "-c", small], cwd=ROOT, text=True,
                          capture_output=True, check=True).stdout.split()
     before, after = map(float, out)
@@ -131,7 +133,7 @@ def full(*_, **__):
 ])
 def test_each_part_that_does_not_fit_is_named(fails, says, monkeypatch):
     model = tiny_model("qwen2")
-    monkeypatch.setattr(f"memory.{fails}", full)
+    monkeypatch.setattr(f"plumbing.memory.{fails}", full)
     with pytest.raises(memory.Full, match=says):
         memory.rehearse(model, None, [[1, 2, 3], [4]], config())
 

@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import products
-from folder import read_json
 from model import Cache, Transformer, add_lora, load, pad, read_config, save, token_logprobs
+from plumbing import products
+from plumbing.folder import read_json
 from tests.helpers import (
     assert_same,
     byte_bpe,

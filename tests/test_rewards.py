@@ -26,6 +26,7 @@ from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 import metrics
 import rewards
 from metrics import corpus_bleu, stem, words_13a
+from plumbing.words import find_wordnet
 from rewards import (
     REWARDS,
     bleu,
@@ -41,8 +42,7 @@ from rewards import (
     templated,
     well_formed,
 )
-from rollout import load_posts
-from words import find_wordnet
+from task import load_posts
 
 DATA = Path(os.environ.get("CRISP_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 GOLDEN = DATA / "golden"

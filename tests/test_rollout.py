@@ -27,12 +27,13 @@ from transformers import (
 )
 from transformers.utils.chat_template_utils import render_jinja_template
 
-import products
 import rollout
-from folder import read_json
 from grpo import group_logprobs
 from model import read_config, save
-from rollout import Post, choose_template, draw, load_posts, render, sample, tokenize
+from plumbing import products
+from plumbing.folder import read_json
+from rollout import draw, sample
+from task import Post, choose_template, load_posts, render, tokenize
 from tests.helpers import assert_same, byte_bpe, few, raw_config, real, refusal, tiny_model, tokens
 
 # ---------------------------------------------------------------------------------------------------------- posts

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 import squish as sq
 from model import add_lora, load, save
-from posts import TINY, Post
-from rollout import TEMPLATES, render, sample, tokenize
+from plumbing.posts import TINY, Post
+from rollout import sample
 from squish import TEMPLATE, allowance, cost, cut, encode, ensemble, extract, information, penalise, squish, token_bits
+from task import TEMPLATES, render, tokenize
 
 BOS = 1
 DOCUMENT = "I lost a shoe in the post and found the other one about 64 tokens later."
@@ -289,7 +290,7 @@ def test_the_embedded_model_finds_its_own_summaries_informative():
     """On three of its posts: the reference summary saves bits, another post's costs some, and copying the document's
     first words saves something."""
     model, tokenizer = load(TINY)
-    from rollout import load_posts
+    from task import load_posts
     posts = load_posts("tiny", "val")[:4]
     for post, other in zip(posts, posts[1:]):
         own, foreign, start = squish(model, tokenizer, post.document,
@@ -383,7 +384,7 @@ def _spelt_at(tokenizer, rows, t):
 def test_a_stop_text_changes_no_token_before_it():
     """The same random completions with and without one; those that come to it are cut right there."""
     model, tokenizer = load(TINY)
-    from rollout import load_posts
+    from task import load_posts
     posts = load_posts("tiny", "val")[:3]
     prompts = [tokenize(tokenizer, post, "tagged", 60) for post in posts]
     free = sample(model, prompts, 4, 60, tokenizer=tokenizer)

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-import benchmark
-import checkpoint
 import eval as evaluation
 import rewards
 import train
 from layers import Linear
 from model import load, load_adapters
-from posts import TINY, Post, load_posts
+from plumbing import checkpoint
+from plumbing.posts import TINY, Post, load_posts
 from rollout import sample
 from squish import CLOSE, cost, cut, encode, extract, squish
+from studies import squish_benchmark as benchmark
 
 ROOT = Path(__file__).parent.parent
 RUN = ["--stages", "squish:6", "--lora", "4", "--prompts", "2", "--group", "4", "--eval-posts", "3", "--lr", "1e-2",
@@ -256,14 +256,14 @@ def test_bad_settings_are_sentences(cwd, capsys):
     (cwd / "long.jsonl").write_text("".join(json.dumps({"text": "a long story " * 500, "id": i}) + "\n"
                                             for i in range(20)), encoding="utf-8")
     assert "--max-document" in refused(capsys, train.main, *few, "--data", "long.jsonl", "--max-new-tokens", "40")
-    bench = evaluation.main
-    assert "no folder" in refused(capsys, bench, "squish", "--models", "nowhere", "--n", "2")
-    assert "no folder" in refused(capsys, bench, "squish", "--references", "nowhere", "--n", "2")
-    assert "0.05,0.1,200" in refused(capsys, bench, "squish", "--budgets", "x")
-    assert "temperature" in refused(capsys, bench, "squish", "--samples", "2")
+    bench = benchmark.main
+    assert "no folder" in refused(capsys, bench, "--models", "nowhere", "--n", "2")
+    assert "no folder" in refused(capsys, bench, "--references", "nowhere", "--n", "2")
+    assert "0.05,0.1,200" in refused(capsys, bench, "--budgets", "x")
+    assert "temperature" in refused(capsys, bench, "--samples", "2")
     text = "this is no data base, and long enough to be looked at by its reader"
     (cwd / "broken.sqlite").write_text(text * 20, encoding="utf-8")
-    assert "--cache" in refused(capsys, bench, "squish", "--cache", "broken.sqlite", "--n", "2")
+    assert "--cache" in refused(capsys, bench, "--cache", "broken.sqlite", "--n", "2")
 
 
 def test_documents_are_cut_before_anybody_sees_them(cwd):
@@ -321,7 +321,7 @@ def server(monkeypatch):
 
 
 def bench(*args) -> list[dict]:
-    assert evaluation.main(["squish", "--n", "4", "--budgets", "0.3", *args]) == 0
+    assert benchmark.main(["--n", "4", "--budgets", "0.3", *args]) == 0
     return lines(Path("runs/squish/scores.jsonl"))
 
 
@@ -422,14 +422,14 @@ def test_what_fails_for_good_counts_nothing_and_is_tried_again_next_time(server,
 
 
 def test_a_server_that_will_never_answer_is_a_sentence(server, cwd, capsys):
-    args = ["squish", "--n", "2", "--models"]
+    args = ["--n", "2", "--models"]
     server.answer = lambda body, n: (401, {}, "bad key")
-    assert "OPENAI_API_KEY" in refused(capsys, evaluation.main, *args, server.url) and len(server.bodies) <= 8
+    assert "OPENAI_API_KEY" in refused(capsys, benchmark.main, *args, server.url) and len(server.bodies) <= 8
     server.answer = lambda body, n: (200, {}, None)  # an empty answer is a missing summary
-    assert evaluation.main([*args, server.url]) == 0
+    assert benchmark.main([*args, server.url]) == 0
     capsys.readouterr()
     nowhere = "http://127.0.0.1:9/v1#some-model"
-    assert "cannot be reached" in refused(capsys, evaluation.main, *args, nowhere)
+    assert "cannot be reached" in refused(capsys, benchmark.main, *args, nowhere)
 
 
 def test_a_model_that_was_trained_again_is_another_model(tmp_path, cwd):

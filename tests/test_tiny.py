@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from eval import Config, evaluate
 from model import load, token_logprobs
-from posts import TINY, load_posts
+from plumbing.posts import TINY, load_posts
 from rewards import rouge_l
-from rollout import tokenize
+from task import tokenize
 
 sys.path.insert(0, str(TINY))
 import make  # noqa: E402

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 import eval as evaluation
 import train
 from model import Transformer, load, read_config, save
-from posts import TINY, load_posts, load_split
+from plumbing.posts import TINY, load_posts, load_split
 
 ROOT = Path(__file__).parent.parent
 STAGES = ["--stages", "length:8", "rouge_l+length:8"]

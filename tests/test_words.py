@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nltk.stem.porter import PorterStemmer
 
-import words as module
-from words import find_wordnet, stem, synonyms
+import plumbing.words as module
+from plumbing.words import find_wordnet, stem, synonyms
 
 porter = PorterStemmer()
 

@@ -30,8 +30,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from model import Transformer, load, pad, read_config, save  # noqa: E402
-from rollout import Post, tokenize  # noqa: E402
 from squish import TEMPLATE  # noqa: E402
+from task import Post, tokenize  # noqa: E402
 
 SPLITS = {"train": 3000, "val": 200, "test": 300}
 END, START_TURN, END_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

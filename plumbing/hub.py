@@ -18,7 +18,7 @@ from email.utils import mktime_tz, parsedate_tz
 from pathlib import Path
 from urllib.parse import urlencode
 
-from folder import write_file
+from plumbing.folder import write_file
 
 NAME = re.compile(r"(?!\.)[\w.-]+/[\w.-]+(/[\w.-]+)?(?<!\.jsonl)(?<!\.gz)")  # owner/name or owner/name/config
 PAGE = 100  # rows; the most that one request may ask for

@@ -8,8 +8,8 @@ from pathlib import Path
 import grpo
 import rewards
 from eval import parse_budgets
-from folder import read_json
 from grpo import flag
+from plumbing.folder import read_json
 from squish import UNITS
 
 

@@ -1,8 +1,8 @@
 """The SQUISH benchmark: how much do a model's summaries save of their documents, within a budget?
 
-    python eval.py squish --models tiny runs/tiny-2 --budgets 0.1,0.2
-    python eval.py squish --models "http://localhost:11434/v1#qwen3:1.7b" --references Qwen/Qwen3-1.7B-Base \\
-        --data news.jsonl --max-document 4096
+    python -m studies.squish_benchmark --models tiny runs/tiny-2 --budgets 0.1,0.2
+    python -m studies.squish_benchmark --models "http://localhost:11434/v1#qwen3:1.7b" \\
+        --references Qwen/Qwen3-1.7B-Base --data news.jsonl --max-document 4096
 
 A model is a run, a model folder, a hub name, or URL#NAME, which is NAME behind any OpenAI-compatible server (with
 $OPENAI_API_KEY). Beside them stand four that no model wrote: the document's first characters, its reference summary,
@@ -29,12 +29,12 @@ from statistics import fmean
 import numpy as np
 
 from eval import Config, ask, find_model, opened, parse_budgets, room_for, write
-from experiment import interval
-from folder import find_folder, write_file, write_text
 from model import load
-from posts import Post, load_posts
-from rollout import REQUEST, TEMPLATES, fill
+from plumbing.folder import find_folder, write_file, write_text
+from plumbing.posts import Post, load_posts
 from squish import CLOSE, TEMPLATE, UNITS, allowance, cut, extract, fits, size, squish
+from studies.rewards_grid import interval
+from task import REQUEST, TEMPLATES, fill
 
 PROMPT_VERSION = hashlib.sha256((REQUEST + TEMPLATES["tagged"] + TEMPLATES["notes"]).encode()).hexdigest()[:8]
 BASELINES = ("first", "reference", "other", "empty")
@@ -275,7 +275,7 @@ def progress(text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="eval.py squish", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog="python -m studies.squish_benchmark", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["tiny"], metavar="MODEL",
                         help="runs, model folders, hub names, or URL#NAME")
@@ -323,8 +323,12 @@ def main(argv: list[str] | None = None) -> int:
         draw(rows, out / "chart.png")
     except (ValueError, OSError) as e:
         progress("")
-        print(f"eval.py squish: {e}", file=sys.stderr)
+        print(f"squish_benchmark: {e}", file=sys.stderr)
         return 1
     print(f"{len(posts)} documents of {args.data}, measured by {args.references}; failed and over budget counts "
           f"0.\n\n{text}\nSummaries and chart are in {out}.")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from folder import write_file
 from lora import merge_lora
+from plumbing.folder import write_file
 
 
 def save_checkpoint(folder: Path, model, optimizer, step: int) -> None:

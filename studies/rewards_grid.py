@@ -1,8 +1,8 @@
 """The experiment: which rewards, and in which order? Every set of quality rewards, jointly with length or in stages.
 
-    python experiment.py --fast             # one seed
-    python experiment.py                    # three seeds; runs that are finished are not run again
-    python experiment.py --name t20 --target 20 --only "rouge_l$"        # some of them, for another target
+    python -m studies.rewards_grid --fast             # one seed
+    python -m studies.rewards_grid                    # three seeds; runs that are finished are not run again
+    python -m studies.rewards_grid --name t20 --target 20 --only "rouge_l$"        # some of them, for another target
 
 Each configuration is a `train.py` run of its own, runs/exp-NAME-SEED, from the same model, on the same posts, with the
 same number of steps. Its greedy summaries of the test posts are kept in test.json there, and all of them go into one
@@ -30,11 +30,11 @@ import numpy as np
 import torch
 
 from eval import Config, evaluate, read_lines, within
-from folder import read_json, write_text
 from model import load
-from posts import TINY, load_posts
+from plumbing.folder import read_json, write_text
+from plumbing.posts import TINY, load_posts
+from plumbing.words import find_wordnet
 from rewards import own_share
-from words import find_wordnet
 
 QUALITIES = ("rouge_l", "meteor", "bleu", "rouge_l+meteor", "rouge_l+bleu", "meteor+bleu", "rouge_l+meteor+bleu")
 
@@ -79,11 +79,12 @@ def train(folder: Path, stages: list[str], target: int, seed: int, threads: int)
     folder.mkdir(parents=True, exist_ok=True)
     begun = time.time()
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        code = subprocess.run([sys.executable, Path(__file__).with_name("train.py"), *flags], stdout=log, stderr=log,
-                              env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"}
-                              ).returncode
+        command = [sys.executable, Path(__file__).resolve().parents[1] / "train.py", *flags]
+        settings = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"}
+        code = subprocess.run(command, stdout=log, stderr=log, env=settings).returncode
     if code != 0:
-        raise RuntimeError(f"{folder.name} ended with an error: {(folder / 'log.txt').read_text().splitlines()[-1]}")
+        last = (folder / "log.txt").read_text(encoding="utf-8").splitlines()[-1]
+        raise RuntimeError(f"{folder.name} ended with an error: {last}")
     if {row["stage"] for row in read_lines(folder / "eval.jsonl")} != set(range(len(stages) + 1)):
         raise RuntimeError(f"{folder.name} was stopped before its end: the same command goes on with it.")
     print(f"  {folder.name}: {time.time() - begun:.0f} s", flush=True)
@@ -226,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
             finally:
                 pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C nothing new is begun
     except (ValueError, OSError, RuntimeError) as e:
-        print(f"experiment.py: {e}", file=sys.stderr)
+        print(f"rewards_grid: {e}", file=sys.stderr)
         return 1
     text = table(results, "length only")
     write_text(Path("runs") / f"{args.name}.md", text)

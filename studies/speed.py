@@ -1,17 +1,17 @@
 """Speed, ours against the libraries' own, in pairs on one machine. No test: it prints tables.
 
     pip install -r tests/requirements.txt
-    python tests/bench.py rewards             # a minute
-    python tests/bench.py squish 4 1000       # of a model of 4 layers, on a document of 1,000 tokens: some minutes
-    python tests/bench.py squish 4 500 bfloat16    # in the type that the model is published in
-    python tests/bench.py squish 28 2000 ours # of all 28, without the peer, which does not fit into 24 GiB
-    python tests/bench.py sampling small      # 8 x 64 tokens after a prompt of 384, in seconds; or some rows:
-    python tests/bench.py sampling 0.5b "ours, float32" "transformers, float32"
-    python tests/bench.py step small          # a whole GRPO step against trl's; of 0.5b some rows are enough:
-    python tests/bench.py step 0.5b "ours, float32" "trl, float32:1"
-    python tests/bench.py scaling small       # time and memory against G, prompt and completion
-    python tests/bench.py curves lean.png runs/seed-0 runs/seed-1 runs/lean-0 runs/lean-1
-    python tests/bench.py real                # the README's commands for real models, random weights: half an hour
+    python -m studies.speed rewards             # a minute
+    python -m studies.speed squish 4 1000       # of a model of 4 layers, on a document of 1,000 tokens: some minutes
+    python -m studies.speed squish 4 500 bfloat16    # in the type that the model is published in
+    python -m studies.speed squish 28 2000 ours # of all 28, without the peer, which does not fit into 24 GiB
+    python -m studies.speed sampling small      # 8 x 64 tokens after a prompt of 384, in seconds; or some rows:
+    python -m studies.speed sampling 0.5b "ours, float32" "transformers, float32"
+    python -m studies.speed step small          # a whole GRPO step against trl's; of 0.5b some rows are enough:
+    python -m studies.speed step 0.5b "ours, float32" "trl, float32:1"
+    python -m studies.speed scaling small       # time and memory against G, prompt and completion
+    python -m studies.speed curves lean.png runs/seed-0 runs/seed-1 runs/lean-0 runs/lean-1
+    python -m studies.speed real                # the README's commands for real models, random weights: half an hour
 """
 
 import json
@@ -31,21 +31,19 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
+from nltk.translate.meteor_score import meteor_score
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU
+
+import squish as sq
+from metrics import bleu, meteor, rouge_l, words_13a
+from model import Transformer, add_lora, load, read_config, save
+from plumbing import memory
+from plumbing.posts import TINY
+from plumbing.words import find_wordnet
+from tests.helpers import byte_bpe, nltk_wordnet
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
-from helpers import byte_bpe, nltk_wordnet  # noqa: E402
-from nltk.translate.meteor_score import meteor_score  # noqa: E402
-from rouge_score.rouge_scorer import RougeScorer  # noqa: E402
-from sacrebleu.metrics import BLEU  # noqa: E402
-
-import memory  # noqa: E402
-import squish as sq  # noqa: E402
-from metrics import bleu, meteor, rouge_l, words_13a  # noqa: E402
-from model import Transformer, add_lora, load, read_config, save  # noqa: E402
-from posts import TINY  # noqa: E402
-from words import find_wordnet  # noqa: E402
-
 torch.set_num_threads(os.cpu_count())  # the tests' helpers make it one
 
 GROUPS, G, WORDS, ROUNDS = 8, 8, 55, 15  # 64 completions of 55 words: about 64 tokens
@@ -341,7 +339,7 @@ def step_ours(folder, groups, how, steps):
     import copy
 
     import grpo
-    from adamw import AdamW
+    from plumbing.adamw import AdamW
     from rollout import sample
     model, tokenizer = load(folder, dtype=torch.bfloat16 if "lean" in how else torch.float32)
     model.checkpointing = "checkpointing" in how

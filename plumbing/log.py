@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import fmean
 
 from eval import describe, draw_curves, evaluate, evaluate_squish, read_lines
-from folder import write_text
-from words import find_wordnet, how_to_get_wordnet
+from plumbing.folder import write_text
+from plumbing.words import find_wordnet, how_to_get_wordnet
 
 PENALTIES = {"length": "length_penalty", "repetition": "repetition_penalty"}  # rewards logged under another name
 # The progress line: key of metrics.jsonl, title, width, format.

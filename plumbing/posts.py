@@ -6,9 +6,9 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import hub
+from plumbing import hub
 
-TINY = Path(__file__).parent / "tiny"  # the embedded model and its posts
+TINY = Path(__file__).resolve().parents[1] / "tiny"  # the embedded model and its posts
 
 # The names under which the usual data sets keep the two texts, in the order in which they are looked for.
 DOCUMENT_FIELDS = ("document", "post", "prompt", "article", "text", "body", "content")

@@ -1,0 +1,1 @@
+"""Commands that use the rest, and that nothing imports: python -m studies.NAME."""
