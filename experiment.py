@@ -83,7 +83,8 @@ def train(folder: Path, stages: list[str], target: int, seed: int, threads: int)
                               env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"}
                               ).returncode
     if code != 0:
-        raise RuntimeError(f"{folder.name} ended with an error: {(folder / 'log.txt').read_text().splitlines()[-1]}")
+        last = (folder / "log.txt").read_text(encoding="utf-8").splitlines()[-1]
+        raise RuntimeError(f"{folder.name} ended with an error: {last}")
     if {row["stage"] for row in read_lines(folder / "eval.jsonl")} != set(range(len(stages) + 1)):
         raise RuntimeError(f"{folder.name} was stopped before its end: the same command goes on with it.")
     print(f"  {folder.name}: {time.time() - begun:.0f} s", flush=True)

@@ -63,8 +63,8 @@ def cut(tokenizer: Tokenizer, document: str, n: int) -> str:
 @torch.no_grad()
 def sequence_bits(model: Transformer, rows: Sequence[tuple[list[int], list[int]]],
                   micro_tokens: int = 2048) -> list[Tensor]:
-    """(context, text) pairs of token ids -> -log2 p(text_t | context, text_<t), one tensor [T_i] a pair, in float64
-    on the CPU, where sums of thousands of them lose nothing (Apple's GPU has no float64).
+    """(context, text) pairs of token ids -> -log2 p(text_t | context, text_<t), one float32 tensor [T_i] a pair, on the CPU,
+    where their sums can be float64 (Apple's GPU has none).
 
     Rows of like length go together, at most `micro_tokens` tokens with their padding, which stands on the right, where
     no causal model looks. Logits exist for text tokens only, and a slice of the vocabulary at a time. Adapters are off.
@@ -88,9 +88,8 @@ def sequence_bits(model: Transformer, rows: Sequence[tuple[list[int], list[int]]
             before = torch.cat([state[len(context) - 1:len(context) - 1 + len(text)]
                                 for state, context, text in zip(states, contexts, texts)])  # [sum of T_i, D]
             logp, _ = token_logprobs(model, before, torch.tensor(sum(texts, []), device=device))  # [sum of T_i]
-            all_bits = (-logp / math.log(2)).cpu().double()  # [sum of T_i]
-            for i, piece in zip(batch, all_bits.split([len(text) for text in texts])):
-                bits[i] = piece
+            for i, piece in zip(batch, logp.cpu().split([len(text) for text in texts])):
+                bits[i] = -piece / math.log(2)
     return bits
 
 
@@ -127,7 +126,7 @@ def information(model: Transformer, tokenizer: Tokenizer, document: str, summary
     I(d) is computed once for each document and model, and kept.
     """
     if summary is not None:
-        return token_bits(model, tokenizer, document, [summary], micro_tokens).sum().item()
+        return token_bits(model, tokenizer, document, [summary], micro_tokens).double().sum().item()
     base = [p for name, p in model.named_parameters() if "lora_" not in name]
     state = (base[0].dtype, base[0].device, *((id(p), p._version) for p in base))
     if model not in _known or _known[model][0] != state:
@@ -135,7 +134,7 @@ def information(model: Transformer, tokenizer: Tokenizer, document: str, summary
     bits = _known[model][1]
     key = hashlib.sha256(np.array(encode(tokenizer, document).ids, np.int32).tobytes()).digest()
     if key not in bits:
-        bits[key] = token_bits(model, tokenizer, document, micro_tokens=micro_tokens).sum().item()
+        bits[key] = token_bits(model, tokenizer, document, micro_tokens=micro_tokens).double().sum().item()
     return bits[key]
 
 
@@ -178,7 +177,7 @@ def squish(model: Transformer, tokenizer: Tokenizer, document: str, summaries: S
     whole = information(model, tokenizer, document, micro_tokens=micro_tokens)
     if not kept or whole <= 0:
         return [0.0] * len(fit)
-    left = token_bits(model, tokenizer, document, kept, micro_tokens).sum(-1).tolist()  # I(d|s)
+    left = token_bits(model, tokenizer, document, kept, micro_tokens).double().sum(-1).tolist()  # I(d|s)
     value = {s: (whole - bits) / whole for s, bits in zip(kept, left)}
     return [value.get(s, 0.0) for s in fit]
 
@@ -200,7 +199,7 @@ def cost(model: Transformer, tokenizer: Tokenizer, document: str, summaries: Seq
     whole = information(model, tokenizer, document, micro_tokens=micro_tokens)
     rows = [([_bos(model)], encode(tokenizer, s or "").ids) for s in summaries]
     bits = iter(sequence_bits(model, [row for row in rows if row[1]], micro_tokens))
-    return [next(bits).sum().item() / whole if text and whole > 0 else 0.0 for _, text in rows]
+    return [next(bits).double().sum().item() / whole if text and whole > 0 else 0.0 for _, text in rows]
 
 
 def extract(completion: str, opened: bool) -> str | None:
