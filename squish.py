@@ -63,8 +63,8 @@ def cut(tokenizer: Tokenizer, document: str, n: int) -> str:
 @torch.no_grad()
 def sequence_bits(model: Transformer, rows: Sequence[tuple[list[int], list[int]]],
                   micro_tokens: int = 2048) -> list[Tensor]:
-    """(context, text) pairs of token ids -> -log2 p(text_t | context, text_<t), one float32 tensor [T_i] a pair, on the CPU,
-    where their sums can be float64 (Apple's GPU has none).
+    """(context, text) pairs of token ids -> -log2 p(text_t | context, text_<t), one float32 tensor [T_i] a pair, on
+    the CPU, where their sums can be float64 (Apple's GPU has none).
 
     Rows of like length go together, at most `micro_tokens` tokens with their padding, which stands on the right, where
     no causal model looks. Logits exist for text tokens only, and a slice of the vocabulary at a time. Adapters are off.
