@@ -241,7 +241,7 @@ def update(model: Transformer, reference: Transformer | None, groups: Sequence, 
     gradient is NaN or above EXPLODED (the weights are then as they were before this optimizer step), or when a weight
     is not finite after it.
     """
-    A = advantages(torch.stack([g.rewards for g in groups]), config.advantage)  # [B, G]
+    A = advantages(torch.stack([torch.as_tensor(g.rewards) for g in groups]), config.advantage)  # [B, G]
     flat = (A == 0).all(1)  # [B]
     micros = micro_batches(groups, A.to(groups[0].tokens.device), config.micro_tokens)
     n_completions = A.numel()

@@ -11,18 +11,15 @@ alone. Three things live here:
 No tensors and no tokenizer: whoever sampled the tokens counts them, and hands over text and counts.
 """
 
-import json
 import math
-import os
 import re
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple, NoReturn
 
 from metrics import bleu, meteor, ngrams, rouge_l, words_13a
+from plumbing.server import embed
 
 # ------------------------------------------------------------------------------------------------------------- length
 
@@ -83,22 +80,18 @@ def distinct(texts: Sequence[str], n: int = 2) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def own_share(text: str, group: Sequence[str], n: int = 2) -> float:
-    """What a text adds to `distinct` of its group: an n-gram that stands k times in the group earns 1/k.
+def own_shares(texts: Sequence[str], n: int = 2) -> list[float]:
+    """What each text adds to `distinct` of them all: an n-gram that stands k times in the group earns 1/k.
 
     So the mean over the group, each text weighted by its n-grams, is distinct-n of the group: a reward for each text
     whose sum is a property of all.
 
-    >>> own_share("the cat sat", ["the cat sat", "the cat ran"])  # (1/2 + 1) / 2
-    0.75
+    >>> own_shares(["the cat sat", "the cat ran"])  # (1/2 + 1) / 2 each
+    [0.75, 0.75]
     """
-    grams, counts = list(ngrams(words_13a(text.lower()), n)), _group_counts(tuple(group), n)
-    return sum(1 / counts[gram] for gram in grams) / len(grams) if grams else 0.0
-
-
-@lru_cache(maxsize=1)  # the same for all texts of a group
-def _group_counts(group: tuple[str, ...], n: int) -> Counter:
-    return Counter(gram for text in group for gram in ngrams(words_13a(text.lower()), n))
+    per_text = [list(ngrams(words_13a(text.lower()), n)) for text in texts]
+    counts = Counter(gram for grams in per_text for gram in grams)
+    return [sum(1 / counts[gram] for gram in grams) / len(grams) if grams else 0.0 for grams in per_text]
 
 
 def templated(groups: Sequence[Sequence[str]], n: int = 3) -> float:
@@ -123,31 +116,24 @@ def well_formed(text: str) -> float:
                  and text.rstrip("\"'\u201d\u2019)").endswith((".", "!", "?")))
 
 
-# ---------------------------------------------------------------------------------------------------------- embeddings
+def embedding(summaries: Sequence["Summary"]) -> list[float]:
+    """Cosine similarity of each text's vector with its reference's, in [-1, 1]; 0 where one of the two is blank.
 
-
-@lru_cache(maxsize=4096)
-def _embed(text: str) -> tuple[float, ...]:
-    url = os.environ.get("OPENAI_BASE_URL", "http://localhost:11434/v1").rstrip("/") + "/embeddings"
-    body = {"model": os.environ.get("EMBEDDING_MODEL", "nomic-embed-text"), "input": text}
-    request = urllib.request.Request(url, json.dumps(body).encode(), {
-        "Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return tuple(map(float, json.load(answer)["data"][0]["embedding"]))
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
-        raise ConnectionError(f"The reward 'embedding' got no vector from {url} for the model {body['model']} ({e!r}): "
-                              f"start a server there, or set OPENAI_BASE_URL, OPENAI_API_KEY, EMBEDDING_MODEL.") from e
-
-
-def embedding(candidate: str, reference: str) -> float:
-    """Cosine similarity of two texts' vectors, in [-1, 1], by any OpenAI-compatible server of embeddings.
-
-    The server is $OPENAI_BASE_URL (Ollama on this machine unless told), the model $EMBEDDING_MODEL. 0 for blank texts.
+    The vectors are those of any OpenAI-compatible server of embeddings ($OPENAI_BASE_URL, $EMBEDDING_MODEL), which is
+    asked once for a whole group.
     """
-    if not candidate.strip() or not reference.strip():
-        return 0.0
-    a, b = _embed(candidate), _embed(reference)
+    pairs = [(s.text, s.reference) for s in summaries]
+    vectors = embed([text for pair in pairs for text in pair if text.strip()])
+    return [cosine(vectors[text], vectors[reference]) if text.strip() and reference.strip() else 0.0
+            for text, reference in pairs]
+
+
+def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    """a b / (|a| |b|).
+
+    >>> cosine([3.0, 4.0], [4.0, 3.0])
+    0.96
+    """
     return sum(map(float.__mul__, a, b)) / max(1e-12, math.hypot(*a) * math.hypot(*b))
 
 
@@ -162,7 +148,6 @@ class Summary(NamedTuple):
     reference: str  # the summary that the post's own author wrote
     target: int  # wanted number of tokens
     document: str  # the post itself
-    group: tuple[str, ...] = ()  # all G completions of the post, this one among them
     measured: dict[str, float] = {}  # what a language model found out about it: squish.py's numbers, by name
 
 
@@ -180,14 +165,18 @@ REWARDS: dict[str, Callable[[Summary], float]] = {
     "rouge_l": lambda s: rouge_l(s.text, s.reference),
     "bleu": lambda s: bleu(s.text, s.reference),
     "meteor": lambda s: meteor(s.text, s.reference),
-    "embedding": lambda s: embedding(s.text, s.reference),
     "char_length": lambda s: length_penalty(len(s.text), s.target),  # characters for tokens: a bug to be looked at
-    "copy_rate": lambda s: copy_rate(s.text, s.document),  # give it a negative weight
-    "repetition": lambda s: -repetition(s.text),  # a penalty, like length
-    "distinct": lambda s: own_share(s.text, s.group),
+    "copy_rate": lambda s: copy_rate(s.text, s.document),  # shares of what is bad: give them a negative weight
+    "repetition": lambda s: repetition(s.text),
     "format": lambda s: well_formed(s.text),
     "squish": lambda s: _measured(s, "squish"),
     "cost": lambda s: _measured(s, "cost"),  # bits of the summary itself, as a share of the document's
+}
+# The same for rewards that see all G summaries of a post at once: a server that is asked once for a group, a reward
+# model, or a measure that compares the summaries with each other.
+GROUP_REWARDS: dict[str, Callable[[Sequence[Summary]], list[float]]] = {
+    "distinct": lambda group: own_shares([s.text for s in group]),
+    "embedding": embedding,
 }
 NEED_REFERENCE = {"rouge_l", "bleu", "meteor", "embedding"}  # these compare with the post's own summary
 NEED_MODEL = {"squish", "cost"}  # these are measured by a language model, see squish.py
@@ -232,16 +221,26 @@ class Reward:
         # A blank completion counts as no tokens and no text, or else 64 sampled newlines would be a perfect length.
         blank = [not text.strip() for text in texts]
         texts = ["" if empty else text for text, empty in zip(texts, blank)]
-        group = [Summary(text, 0 if empty else n, reference, target, document, tuple(texts),
+        group = [Summary(text, 0 if empty else n, reference, target, document,
                          {name: values[i] for name, values in (measured or {}).items()})
                  for i, (text, n, empty) in enumerate(zip(texts, lengths, blank))]
-        parts = {name: [float(REWARDS[name](summary)) for summary in group] for name in self.names}
+        parts = {name: values_of(name, group) for name in self.names}
         totals = [sum(w * parts[name][i] for name, w in self.terms) for i in range(len(group))]
         # And nobody may score below silence: a rambling 3x the target has length -2, silence only -1, so GRPO would
         # teach a rambler to fall silent. Silence shares the group's worst total instead. Dropping the blank ones is no
         # way out: it shifts the mean that the others are compared with, and the policy never hears that silence is bad.
         worst = min(totals, default=0.0)
         return [worst if empty else total for total, empty in zip(totals, blank, strict=True)], parts
+
+
+def values_of(name: str, group: Sequence[Summary]) -> list[float]:
+    """The values [G] of one reward, by its name, for the G summaries of a post."""
+    if name in REWARDS:
+        return [float(REWARDS[name](summary)) for summary in group]
+    values = [float(value) for value in GROUP_REWARDS[name](group)]
+    if len(values) != len(group):
+        raise ValueError(f"The reward '{name}' gave {len(values)} values for {len(group)} summaries: one for each.")
+    return values
 
 
 _NUMBER = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
@@ -265,6 +264,7 @@ def parse(expression: str) -> Reward:
     def refuse(wrong: str, mend: str) -> NoReturn:
         raise ValueError(f"reward expression {expression!r}: {wrong}; {mend}.")
 
+    known = REWARDS | GROUP_REWARDS
     terms = [("+", [])]
     for piece in _PIECE.findall(expression):
         if piece in ("+", "-"):
@@ -281,7 +281,7 @@ def parse(expression: str) -> Reward:
                 pass
             case []:
                 if len(terms) == 1:
-                    refuse("it is empty", f"name at least one of {', '.join(REWARDS)}")
+                    refuse("it is empty", f"name at least one of {', '.join(known)}")
                 refuse("a '+' or '-' lacks a term on one side", "put a term on both, as in 'length - 0.1*rouge_l'")
             case [first, second] if "*" not in term:
                 refuse(f"nothing joins {first!r} and {second!r}", "put '*' after a weight, '+' or '-' between rewards")
@@ -289,8 +289,8 @@ def parse(expression: str) -> Reward:
                 refuse(f"cannot read the term {' '.join(term)!r}", "write it as name or number*name, like 0.5*rouge_l")
         if not _NUMBER.fullmatch(number) or not math.isfinite(float(number)):
             refuse(f"{number!r} is not a finite number", "write a weight such as 0.5 before the '*' (rewards only add)")
-        if name not in REWARDS:
-            refuse(f"unknown name {name!r}", f"choose among {', '.join(REWARDS)}")
+        if name not in known:
+            refuse(f"unknown name {name!r}", f"choose among {', '.join(known)}")
         if name in weights:
             refuse(f"{name!r} appears twice", "keep one term and give it the sum of the weights")
         weights[name] = float(sign + number)

@@ -30,7 +30,8 @@ class Group:
     logp: Tensor  # [G, T] the sampler's own log-probabilities, 0 where mask is False
     stopped: Tensor  # [G] bool: ended by itself, and was not cut at max_new_tokens
     texts: list[str]  # G decoded completions, without the stop token
-    rewards: Tensor | None = None  # [G], filled in by whoever scores the group
+    rewards: list | None = None  # [G], filled in by whoever scores the group
+    parts: dict | None = None
     ending: Tensor | None = None  # [G] tokens that spell the stop text, 0 elsewhere; None without a stop text
 
     @property

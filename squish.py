@@ -30,7 +30,6 @@ from model import Transformer, pad, token_logprobs
 # What stands before the document. Anybody can redo the measurement: encode the text up to the first place, the summary,
 # the text between, and the document, each by itself, put bos in front, and sum over the document's tokens.
 TEMPLATE = "A summary, and the document that it was made of.\n<summary>\n{summary}\n</summary>\n<document>\n{document}"
-CLOSE = "</summary>"  # whatever tokens spell it, it ends the summary
 UNITS = ("chars", "tokens")
 
 
@@ -43,7 +42,7 @@ def encode(tokenizer: Tokenizer, text: str) -> Encoding:
         tokenizer.encode_special_tokens = as_text
 
 
-def cut(tokenizer: Tokenizer, document: str, n: int) -> str:
+def shorten(tokenizer: Tokenizer, document: str, n: int) -> str:
     """The longest beginning of the document that has at most n tokens.
 
     A document longer than the model's context is refused by everything else here. Cut it before anybody sees it: then
@@ -72,8 +71,7 @@ def sequence_bits(model: Transformer, rows: Sequence[tuple[list[int], list[int]]
     longest = max((len(context) + len(text) - 1 for context, text in rows), default=0)
     if longest > model.config.max_position_embeddings:
         raise ValueError(f"A document and its summary have {longest} tokens, and the model that measures them has a "
-                         f"context of {model.config.max_position_embeddings}: cut the document (squish.cut, "
-                         f"--max-document).")
+                         f"context of {model.config.max_position_embeddings}: shorten the document (--max-document).")
     device = model.embed_tokens.weight.device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
     bits: list[Tensor] = [torch.empty(0)] * len(rows)
@@ -158,19 +156,22 @@ def allowance(tokenizer: Tokenizer, document: str, budget: float | int, unit: st
     return round(budget * size(tokenizer, document, unit), 6) if isinstance(budget, float) else budget
 
 
-def fits(tokenizer: Tokenizer, document: str, summary: str | None, budget: float | int, unit: str = "chars") -> bool:
-    """Whether there is a summary at all, and it is not over budget."""
-    return bool(summary and summary.strip()) and \
-        size(tokenizer, summary, unit) <= allowance(tokenizer, document, budget, unit)
+def fits(tokenizer: Tokenizer, document: str, summary: str | None, budget: float | int | None,
+         unit: str = "chars") -> bool:
+    """Whether there is a summary at all, and it is not over budget. Without a budget (None) every summary fits."""
+    if not summary or not summary.strip():
+        return False
+    return budget is None or size(tokenizer, summary, unit) <= allowance(tokenizer, document, budget, unit)
 
 
 def squish(model: Transformer, tokenizer: Tokenizer, document: str, summaries: Sequence[str | None],
-           budget: float | int = 0.10, unit: str = "chars", micro_tokens: int = 2048) -> list[float]:
+           budget: float | int | None = 0.10, unit: str = "chars", micro_tokens: int = 2048) -> list[float]:
     """(I(d) - I(d|s)) / I(d) for each of G summaries of one document [G]; 1 at most, below 0 for a misleading one.
 
     0 for None, an empty or blank summary, and one over budget: longer than `budget` times the document (a float), or
-    than `budget` itself (an int), in characters or in tokens of this tokenizer. A document without information, one
-    that the model knows by heart, gives 0. Raises ValueError when the document is empty or does not fit the context.
+    than `budget` itself (an int), in characters or in tokens of this tokenizer; None: there is no budget. A
+    document without information, one that the model knows by heart, gives 0. Raises ValueError when the document is
+    empty or does not fit the context.
     """
     fit = [s if fits(tokenizer, document, s, budget, unit) else None for s in summaries]
     kept = [s for s in dict.fromkeys(fit) if s is not None]  # equal summaries are measured once
@@ -182,11 +183,11 @@ def squish(model: Transformer, tokenizer: Tokenizer, document: str, summaries: S
     return [value.get(s, 0.0) for s in fit]
 
 
-def ensemble(references: Sequence[tuple[Transformer, Tokenizer]], document: str, summaries: Sequence[str | None],
-             budget: float | int = 0.10, unit: str = "chars", micro_tokens: int = 2048) -> list[float]:
-    """The mean SQUISH [G] of several reference models, each with its own tokenizer. The policy need not be one."""
+def ensemble(scorers: Sequence[tuple[Transformer, Tokenizer]], document: str, summaries: Sequence[str | None],
+             budget: float | int | None = 0.10, unit: str = "chars", micro_tokens: int = 2048) -> list[float]:
+    """The mean SQUISH [G] of several models, each with its own tokenizer. The policy need not be one of them."""
     values = [squish(model, tokenizer, document, summaries, budget, unit, micro_tokens)
-              for model, tokenizer in references]
+              for model, tokenizer in scorers]
     return [sum(v) / len(v) for v in zip(*values, strict=True)]
 
 
@@ -200,37 +201,3 @@ def cost(model: Transformer, tokenizer: Tokenizer, document: str, summaries: Seq
     rows = [([_bos(model)], encode(tokenizer, s or "").ids) for s in summaries]
     bits = iter(sequence_bits(model, [row for row in rows if row[1]], micro_tokens))
     return [next(bits).double().sum().item() / whole if text and whole > 0 else 0.0 for _, text in rows]
-
-
-def extract(completion: str, opened: bool) -> str | None:
-    """The summary in a completion, or None where there is none: no closing tag, or nothing to close.
-
-    `opened`: the prompt ended with <summary>, so the completion begins inside it. Otherwise free text, such as
-    reasoning, may come first, and the last opening tag before the first closing one counts.
-
-    >>> extract(" A cat sat.</summary>\\n", opened=True), extract(" A cat sat", opened=True)
-    ('A cat sat.', None)
-    >>> extract("Hm. <summary>A cat.</summary>", opened=False), extract("A cat.</summary>", opened=False)
-    ('A cat.', None)
-    """
-    text, closed, _ = completion.partition(CLOSE)
-    if not opened:
-        _, found, text = text.rpartition("<summary>")
-        closed = closed and found
-    return text.strip() if closed else None
-
-
-def penalise(totals: list[float], missing: list[bool]) -> list[float]:
-    """Totals of a group [G] -> the same with min - max(max - min, 0.1) where the summary is missing.
-
-    min and max are those of the completions that have a summary (published format penalty): always clearly the worst,
-    by the spread of the others. Where all are missing, all are equal, and nothing is learnt.
-
-    >>> penalise([0.75, 0.5, 0.0], [False, False, True]), penalise([0.5, 0.5, 0.0], [False, False, True])
-    ([0.75, 0.5, 0.25], [0.5, 0.5, 0.4])
-    """
-    there = [total for total, gone in zip(totals, missing) if not gone]
-    if not there:
-        return [0.0] * len(totals)
-    low = min(there) - max(max(there) - min(there), 0.1)
-    return [low if gone else total for total, gone in zip(totals, missing)]

@@ -1,18 +1,42 @@
-"""What the policy is asked: prompt templates, and how a post becomes the tokens of a prompt."""
+"""What the policy is asked, how its answer is read, and what it is paid. A task of your own begins in this file.
 
+    post        -> Task       a prompt and the size that is wanted                   make_task, TEMPLATES
+    completion  -> summary    all of its text, or what stands between two tags       read_answer
+    summaries   -> rewards    the stage's expression, for the G answers to a post    score
+
+Training and evaluation share all three, so what a run is paid for is what it is measured by. The loop, the log and the
+evaluation do not know which task it is: the words of the template decide that.
+
+    {target}         the wanted length, in tokens
+    {unit}           a budget in its place: the summary may be as long as a share of its document (--budgets)
+    <summary>        the answer stands between <summary> and </summary>, and a completion ends with the closing tag
+
+Shapes: B prompts, G completions a prompt (the group), P prompt tokens.
+"""
+
+import math
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
 
+import numpy as np
 from tokenizers import Tokenizer
 
+from config import Config, parse_budgets
 from model import Transformer
 from plumbing.posts import Post, load_posts
+from rewards import NEED_MODEL, Reward, distinct, repetition, templated
+from rollout import Group
+from squish import allowance, cost, encode, ensemble, fits, size
 
-__all__ = ["TEMPLATES", "Post", "choose_template", "fill", "load_posts", "render", "tokenize"]
+__all__ = ["TEMPLATES", "Post", "Task", "extract", "load_posts", "make_task", "render", "score", "tokenize"]
 
-# What a chat model is asked for when SQUISH measures it.
+# What a chat model is asked for where the answer stands between tags.
 REQUEST = "Summarise the document in at most {target} {unit}, about {goal}. Write the summary, and nothing else, " \
           "between <summary> and </summary>."
 # --- your experiment starts here: a prompt is a string with {target} and {document} in it ---
+# It may contain any control token that the model's tokenizer knows (<|im_start|>, <|eot_id|>, ...).
 TEMPLATES = {
     # What the chat templates of Qwen2.5, Qwen3 and LFM2 make of one system and one user message. The system message is
     # always written out, because Qwen2.5's template fills in one of its own where there is none.
@@ -20,8 +44,8 @@ TEMPLATES = {
               "<|im_start|>user\n{document}<|im_end|>\n<|im_start|>assistant\n",
     # For models that only continue text; the model ends with its end-of-text token.
     "plain": "Post:\n{document}\n\nSummary in about {target} tokens:\n",
-    # For SQUISH: the target is the budget, and the summary ends with </summary>. To a base model, with the tag opened;
-    # to a base model that may write what it likes first; and to a chat model.
+    # Budgets and tags. To a base model, with the tag opened; to a base model that may write what it likes first; and to
+    # a chat model.
     "tagged": "A document, and a summary of it in at most {target} {unit}, about {goal}.\n<document>\n{document}\n"
               "</document>\n<summary>\n",
     "notes": "A document, then notes on what matters in it, then a summary in at most {target} {unit}, about {goal}, "
@@ -31,15 +55,44 @@ TEMPLATES = {
 }
 # Qwen3 with thinking switched off: it has thought already, and nothing. Otherwise its thoughts would be the summary.
 TEMPLATES["qwen3"] = TEMPLATES["chatml"] + "<think>\n\n</think>\n\n"
-_MARKS = re.compile(r"(<\|im_start\|>|<\|im_end\|>)")
+
+CLOSE = "</summary>"  # whatever tokens spell it, it ends a tagged answer
+UNIT_WORDS = {"chars": "characters", "tokens": "tokens"}
 
 
-def choose_template(model: Transformer, tokenizer: Tokenizer) -> str:
-    """A chat model is one that ends with `<|im_end|>`; Qwen3's is told not to think where its own template can say so.
+# --- the prompt -------------------------------------------------------------------------------------------------------
 
-    The tokenizer alone does not tell: the base models of Qwen and SmolLM2 have the same marks, and Qwen's even ship the
-    chat template, but they end with `<|endoftext|>`. Where this guesses wrong there is --template.
+
+def template_text(name: str) -> str:
+    if name not in TEMPLATES:
+        raise ValueError(f"There is no prompt template '{name}': take one of {', '.join(TEMPLATES)}.")
+    return TEMPLATES[name]
+
+
+def has_budget(template: str) -> bool:
+    """Whether the target is a budget, a share of the document, and not a length in tokens."""
+    return "{unit}" in template_text(template)
+
+
+def has_tag(template: str) -> bool:
+    """Whether the summary stands between tags."""
+    return "<summary>" in template_text(template)
+
+
+def opens_tag(template: str) -> bool:
+    """Whether the prompt ends with the opening tag, so that a completion begins inside it."""
+    return template_text(template).rstrip().endswith("<summary>")
+
+
+def choose_template(model: Transformer, tokenizer: Tokenizer, reward_names: Sequence[str] = ()) -> str:
+    """The template that fits the model, where --template names none.
+
+    A reward that a model measures (SQUISH) asks for budgets. Else a chat model is one that ends with `<|im_end|>`;
+    Qwen3's is told not to think where its own template can say so. The tokenizer alone does not tell: the base models
+    of Qwen and SmolLM2 have the same marks, and Qwen's even ship the chat template, but they end with `<|endoftext|>`.
     """
+    if not NEED_MODEL.isdisjoint(reward_names):
+        return "tagged"
     if tokenizer.token_to_id("<|im_end|>") not in model.config.eos_token_ids:
         return "plain"
     own = b"".join(model.sidecars.get(name, b"") for name in ("chat_template.jinja", "tokenizer_config.json"))
@@ -52,36 +105,7 @@ def render(post: Post, template: str, target: int, unit: str = "characters") -> 
     >>> render(Post("I lost a shoe.", "", "1"), "plain", 8)
     'Post:\\nI lost a shoe.\\n\\nSummary in about 8 tokens:\\n'
     """
-    return fill(_template(template), post, target, unit)
-
-
-def tokenize(tokenizer: Tokenizer, post: Post, template: str, target: int, unit: str = "characters") -> list[int]:
-    """The prompt as token ids [P], beginning with whatever the tokenizer itself puts first (a bos, or nothing).
-
-    Only the template's own marks become control tokens. A post that spells `<|im_end|>` is a post about chat
-    templates, not the end of the user's turn, so its text is encoded as text.
-    """
-    pieces = _MARKS.split(_template(template))
-    ids = tokenizer.encode("").ids
-    as_text, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, True
-    try:
-        for piece in pieces:
-            if _MARKS.fullmatch(piece):
-                mark = tokenizer.token_to_id(piece)
-                if mark is None:
-                    raise ValueError(f"The tokenizer has no {piece}: take --template plain for this model.")
-                ids.append(mark)
-            elif piece:
-                ids += tokenizer.encode(fill(piece, post, target, unit), add_special_tokens=False).ids
-    finally:
-        tokenizer.encode_special_tokens = as_text
-    return ids
-
-
-def _template(name: str) -> str:
-    if name not in TEMPLATES:
-        raise ValueError(f"There is no prompt template '{name}': take one of {', '.join(TEMPLATES)}.")
-    return TEMPLATES[name]
+    return fill(template_text(template), post, target, unit)
 
 
 def fill(text: str, post: Post, target: int, unit: str) -> str:
@@ -90,3 +114,213 @@ def fill(text: str, post: Post, target: int, unit: str) -> str:
                         ("{document}", post.document)):  # the document last: it may spell {target}
         text = text.replace(name, value)
     return text
+
+
+def tokenize(tokenizer: Tokenizer, post: Post, template: str, target: int, unit: str = "characters") -> list[int]:
+    """The prompt as token ids [P], beginning with whatever the tokenizer itself puts first (a bos, or nothing).
+
+    Only the template's own control tokens become control tokens. A post that spells `<|im_end|>` is a post about chat
+    templates, not the end of the user's turn, so its text is encoded as text. ValueError for a control token in the
+    template that the tokenizer does not know.
+    """
+    text = template_text(template)
+    control = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    unknown = [mark for mark in re.findall(r"<\|[^<>|]+\|>", text) if mark not in control]
+    if unknown:
+        raise ValueError(f"The tokenizer has no {unknown[0]}, which the template '{template}' asks for: take "
+                         f"--template plain for this model, or one with its own control tokens (task.py).")
+    ids = tokenizer.encode("").ids
+    longest_first = sorted(control, key=len, reverse=True)  # a token may begin with another one
+    pieces = re.split("|".join(f"({re.escape(mark)})" for mark in longest_first), text) if control else [text]
+    for piece in filter(None, pieces):
+        if piece in control:
+            ids.append(control[piece])
+        else:
+            ids += encode(tokenizer, fill(piece, post, target, unit)).ids
+    return ids
+
+
+# --- the task ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the policy is asked: to summarise a post to a size."""
+
+    post: Post
+    prompt: list[int]  # token ids [P]
+    target: int  # the wanted length in tokens, or what the budget comes to for this post, in its unit
+    budget: float | int | None = None  # a share of the document, or a size; None: the target is a length
+
+
+def make_task(tokenizer: Tokenizer, post: Post, config: Config, budget: float | int | None = None) -> Task:
+    target = config.target
+    if budget is not None:
+        target = int(allowance(tokenizer, post.document, budget, config.budget_unit))
+    unit = UNIT_WORDS[config.budget_unit]
+    return Task(post, tokenize(tokenizer, post, config.template, target, unit), target, budget)
+
+
+def budgets_of(config: Config) -> list[float | int | None]:
+    """The budgets that tasks are drawn from; [None] where the template knows none."""
+    return parse_budgets(config.budgets) if has_budget(config.template) else [None]
+
+
+def tasks_of(posts: Sequence[Post], step: int, config: Config, tokenizer: Tokenizer) -> list[Task]:
+    """The B tasks of a step. A pure function of seed and step, so that resuming needs no state."""
+    budgets = budgets_of(config)
+    draw = np.random.default_rng([config.seed, step, 1])
+    return [make_task(tokenizer, post, config, budgets[draw.integers(len(budgets))])
+            for post in batch_of(posts, step, config)]
+
+
+def batch_of(posts: Sequence, step: int, config: Config) -> list:
+    """The B posts of a step: every epoch has each post once, in an order of its own."""
+    batch = []
+    for i in range(step * config.prompts, (step + 1) * config.prompts):
+        epoch, at = divmod(i, len(posts))
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(posts))
+        batch.append(posts[order[at]])
+    return batch
+
+
+def describe_goal(config: Config) -> str:
+    """The task in a few words, for the screen."""
+    if has_budget(config.template):
+        return f"budgets {config.budgets} {config.budget_unit}"
+    return f"target {config.target} tokens"
+
+
+def completion_limit(tokenizer: Tokenizer, posts: Sequence[Post], config: Config) -> int:
+    """Where a completion is cut, in tokens: --max-new-tokens, or so far beyond the target that only a miss is cut."""
+    if config.max_new_tokens:
+        return config.max_new_tokens
+    limit = 2 * config.target
+    if has_budget(config.template):
+        longest = max(posts, key=lambda post: len(post.document)).document
+        most = max(allowance(tokenizer, longest, budget, config.budget_unit) for budget in budgets_of(config))
+        if config.budget_unit == "chars":
+            most *= len(encode(tokenizer, longest).ids) / len(longest)  # tokens a character
+        limit = math.ceil(1.5 * most)
+    return limit + 16 if has_tag(config.template) else limit  # room for the closing tag
+
+
+# --- the answer -------------------------------------------------------------------------------------------------------
+
+
+def read_answer(completion: str, template: str) -> str | None:
+    """The summary in a completion; None where there is none."""
+    return extract(completion, opens_tag(template)) if has_tag(template) else completion
+
+
+def extract(completion: str, opened: bool) -> str | None:
+    """The summary between tags, or None where there is none: no closing tag, or nothing to close.
+
+    `opened`: the prompt ended with <summary>, so the completion begins inside it. Otherwise free text, such as
+    reasoning, may come first, and the last opening tag before the first closing one counts.
+
+    >>> extract(" A cat sat.</summary>\\n", opened=True), extract(" A cat sat", opened=True)
+    ('A cat sat.', None)
+    >>> extract("Hm. <summary>A cat.</summary>", opened=False), extract("A cat.</summary>", opened=False)
+    ('A cat.', None)
+    """
+    text, closed, _ = completion.partition(CLOSE)
+    if not opened:
+        _, found, text = text.rpartition("<summary>")
+        closed = closed and found
+    return text.strip() if closed else None
+
+
+def content_lengths(group: Group) -> list[int]:
+    """Tokens of each completion [G], as rewards see them: a blank one has none, however many newlines it sampled."""
+    return [n if text.strip() else 0 for n, text in zip(group.lengths.tolist(), group.texts)]
+
+
+# --- the reward -------------------------------------------------------------------------------------------------------
+
+
+def score(groups: Sequence[Group], tasks: Sequence[Task], reward: Reward, config: Config, tokenizer: Tokenizer,
+          scorers: Sequence = ()) -> dict[str, float]:
+    """Set each group's `rewards` [G] and `parts` {name: [G]} -> the batch's means, by the names of metrics.jsonl.
+
+    It reads texts and lengths and sets plain floats, so groups may come from any sampler. `scorers`: the (model,
+    tokenizer) pairs that measure the rewards in NEED_MODEL.
+    """
+    summaries, lengths = [], []
+    for group, task in zip(groups, tasks):
+        summaries.append(score_group(group, task, reward, config, scorers))
+        lengths.append(content_lengths(group))
+    line = {"reward": fmean(value for group in groups for value in group.rewards),
+            "reward_std": fmean(float(np.std(group.rewards, ddof=min(1, len(group.rewards) - 1))) for group in groups)}
+    for name in reward.names:
+        line[f"reward/{name}"] = fmean(value for group in groups for value in group.parts[name])
+    return {**line, "length": fmean(n for group in lengths for n in group),
+            **on_target(summaries, lengths, tasks, config, tokenizer),
+            "distinct": fmean(map(distinct, summaries)),
+            "templated": templated(summaries),
+            "repetition": fmean(repetition(text) for texts in summaries for text in texts)}
+
+
+def score_group(group: Group, task: Task, reward: Reward, config: Config, scorers: Sequence) -> list[str]:
+    """Set the group's `rewards` [G] and `parts` -> its G summaries, "" where one is missing."""
+    found = [read_answer(text, config.template) for text in group.texts]
+    texts = [text or "" for text in found]
+    measured, document = {}, task.post.document
+    if "squish" in reward.names and scorers:
+        measured["squish"] = ensemble(scorers, document, found, task.budget, config.budget_unit)
+    if "cost" in reward.names and scorers:
+        measured["cost"] = [fmean(values) for values in zip(*(cost(*scorer, document, found) for scorer in scorers))]
+    group.rewards, group.parts = reward(texts, content_lengths(group), task.post.reference, task.target, document,
+                                        measured)
+    if config.missing == "penalty" and has_tag(config.template):
+        group.rewards = penalise(group.rewards, [not text for text in texts])
+    return texts
+
+
+def penalise(totals: list[float], missing: list[bool]) -> list[float]:
+    """Totals of a group [G] -> the same with min - max(max - min, 0.1) where the summary is missing.
+
+    min and max are those of the completions that have a summary (published format penalty): always clearly the worst,
+    by the spread of the others. Where all are missing, all are equal, and nothing is learnt.
+
+    >>> penalise([0.75, 0.5, 0.0], [False, False, True]), penalise([0.5, 0.5, 0.0], [False, False, True])
+    ([0.75, 0.5, 0.25], [0.5, 0.5, 0.4])
+    """
+    there = [total for total, gone in zip(totals, missing) if not gone]
+    if not there:
+        return [0.0] * len(totals)
+    low = min(there) - max(max(there) - min(there), 0.1)
+    return [low if gone else total for total, gone in zip(totals, missing)]
+
+
+def on_target(summaries: Sequence[list[str]], lengths: Sequence[list[int]], tasks: Sequence[Task], config: Config,
+              tokenizer: Tokenizer) -> dict[str, float]:
+    """How often the wanted size was kept to: shares of all completions of a batch.
+
+    Without budgets within_2 and within_10pct. With them `over`, the share that is longer, and `used`, the mean size of
+    the summaries that there are, as a share of the budget. With tags also `missing`.
+    """
+    every = [(text, n, task) for texts, ns, task in zip(summaries, lengths, tasks) for text, n in zip(texts, ns)]
+    shares = {}
+    if has_budget(config.template):
+        over, used = [], []
+        for text, _, task in every:
+            over.append(bool(text) and not fits(tokenizer, task.post.document, text, task.budget, config.budget_unit))
+            if text:
+                used.append(size(tokenizer, text, config.budget_unit) / max(1, task.target))
+        shares |= {"over": fmean(over), "used": fmean(used or [0.0])}
+    else:
+        shares |= within([n for _, n, _ in every], [task.target for _, _, task in every])
+    if has_tag(config.template):
+        shares["missing"] = fmean(not text for text, _, _ in every)
+    return shares
+
+
+def within(lengths: Sequence[int], targets: Sequence[int]) -> dict[str, float]:
+    """The two shares of lengths near their targets: at most 2 tokens away, and at most a tenth of the target.
+
+    >>> within([30, 32, 35, 64], targets=[32, 32, 32, 32])
+    {'within_2': 0.5, 'within_10pct': 0.75}
+    """
+    off = [(abs(n - target), target) for n, target in zip(lengths, targets)]
+    return {"within_2": fmean(d <= 2 for d, _ in off), "within_10pct": fmean(d <= 0.1 * target for d, target in off)}

@@ -7,150 +7,243 @@
 
 A stage is a reward and a number of steps, "length:80"; stages follow each other, and one stage is a joint run. All
 that happens is in runs/NAME: config.json, metrics.jsonl (a line a step), eval.jsonl, samples.jsonl, checkpoint/, model/
-and curves.png. Every number in there is explained in README.md.
+and curves.png. Every number in there is explained in docs/read-your-run.md.
+
+Shapes: B prompts (posts) a step, G completions of each, P prompt tokens.
 """
 
 import copy
-import dataclasses
-import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 
-import numpy as np
 import torch
 
-import grpo
-import rewards
-from config import Config, Stage, budgets_of, check, open_run, parse_stages, read_arguments
-from eval import ask, content_lengths, opened, room_for, within
-from model import add_lora, load, save, save_adapters
+from config import Config, Stage, check, parse_stages, reward_names
+from eval import evaluate
+from grpo import update
+from lora import add_lora, merge_lora, save_adapters
+from model import load, save
 from plumbing import memory
 from plumbing.adamw import AdamW
-from plumbing.checkpoint import load_checkpoint, save_checkpoint, stage_reference
-from plumbing.log import PENALTIES, Log
+from plumbing.checkpoint import load_checkpoint, save_checkpoint, stage_copy
+from plumbing.cli import Stop, open_run, read_arguments
+from plumbing.curves import draw_curves
+from plumbing.log import Log
 from plumbing.posts import TINY, Post, load_split
+from rewards import NEED_MODEL, NEED_REFERENCE
 from rollout import sample
-from squish import CLOSE, cost, cut, ensemble, extract, fits, penalise
-from task import choose_template, tokenize
+from squish import shorten
+from task import (
+    CLOSE,
+    budgets_of,
+    choose_template,
+    completion_limit,
+    describe_goal,
+    has_budget,
+    has_tag,
+    make_task,
+    score,
+    tasks_of,
+)
 
 
-def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:
-    """The algorithm box of the paper: sample groups, score them, update, and say what happened."""
+def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
+    """Load everything, rehearse the largest step, run the stages, and keep what was learnt in `folder`."""
     begun = time.time()
     stages = parse_stages(config.stages)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     free = memory.limit(device)
-    model, tokenizer, posts, held_out, longest = prepare(config, stages)
-    reference, judges = references(config, model, tokenizer)
-    if config.compile:
-        for layer in {*model.layers, *(reference.layers if reference else ())}:
-            layer.compile(dynamic=True)
-    elif config.checkpointing:
-        memory.tidy(model)  # not when compiled: torch.compile cannot look into what it calls
-    memory.rehearse(model, reference, longest, config, free)
+    model, tokenizer = load_policy(config)
+    posts, held_out, longest = choose_posts(config, stages, model, tokenizer)
+    ref_model, scorers = frozen_models(config, stages, model, tokenizer)
+    make_fast_or_small(config, model, ref_model)
+    memory.rehearse(model, ref_model, longest, config, free)
     optimizer = make_optimizer(config, model)
+    # A run is its weights, the optimizer's moments and a step number. All else follows from the seed and the step, so a
+    # resumed run repeats the uninterrupted one bit for bit.
     step = load_checkpoint(folder, model, optimizer) if resume else 0
-    log = Log(folder, config, stages, step)
+    log = Log(folder, config, stages, step, describe_goal(config))
     log.begin(model, posts, held_out)
+
+    def held_out_summaries() -> dict:
+        return evaluate(model, tokenizer, held_out, config, scorers)
 
     for stage in stages:
         if step >= stage.end:
-            continue
+            continue  # done before the run was resumed
         if step == stage.first:
-            log.evaluation(step, stage.number - 1, model, tokenizer, held_out, judges)
-        if config.stage_ref == "previous" and reference is not None and stage.number > 1:
-            reference = stage_reference(folder / "checkpoint" / f"stage-{stage.number}.pt", model, step == stage.first)
-        while step < stage.end:
-            for g in optimizer.param_groups:
-                g["lr"] = learning_rate(step, stages[-1].end, config)
-            clock = time.time()
-            tasks = tasks_of(posts, step, config, tokenizer)
-            groups = sample(model, [task.prompt for task in tasks], config.group, config.max_new_tokens,
-                            config.temperature, seed=config.seed * 1_000_003 + step, tokenizer=tokenizer,
-                            stop_text=CLOSE if judges else "")
-            line = score(groups, tasks, stage.reward, config, judges, tokenizer)
-            try:
-                line |= grpo.update(model, reference, groups, optimizer, config)
-            except FloatingPointError as e:
-                step = load_checkpoint(folder, model, optimizer)
-                if step == 0:
-                    raise FloatingPointError(f"{e} in step {log.last + 1}, before the first checkpoint: start again "
-                                             f"with a lower --lr.") from e
-                save(model, tokenizer, folder / "model")
-                raise FloatingPointError(f"{e} in step {log.last + 1}. The weights of step {step}, which are good, are "
-                                         f"in {folder / 'model'}: go on from them with --model {folder / 'model'} and "
-                                         f"a lower --lr.") from e
-            step += 1
-            log.step(step, stage, line, time.time() - clock)
-            if stop.asked or step % config.save_every == 0 or step == stage.end:
-                save_checkpoint(folder, model, optimizer, step)
-            if stop.asked:
-                save(model, tokenizer, folder / "model")
-                log.say(f"Stopped after step {step}. Go on with: python train.py --run {config.run} --resume")
-                return
-    log.evaluation(step, len(stages), model, tokenizer, held_out, judges)
+            log.evaluation(step, stage.number - 1, held_out_summaries, held_out)
+        if config.stage_ref == "previous" and ref_model is not None and stage.number > 1:
+            ref_model = frozen_copy_of_stage(folder, model, stage, begins=step == stage.first)
+        step = run_stage(config, folder, stage, step, model=model, ref_model=ref_model, tokenizer=tokenizer,
+                         posts=posts, scorers=scorers, optimizer=optimizer, total=stages[-1].end, log=log, stop=stop)
+        if stop.asked:
+            save(model, tokenizer, folder / "model")
+            return log.say(f"Stopped after step {step}. Go on with: python train.py --run {config.run} --resume")
+
+    log.evaluation(step, len(stages), held_out_summaries, held_out)
     save(model, tokenizer, folder / "model")
     if config.lora:
         save_adapters(model, folder / "adapter", str(config.model))
+    draw_curves(folder, config.target, [stage.end for stage in stages])
     log.finish(time.time() - begun, memory.peak(device))
 
 
-def prepare(config: Config, stages: list[Stage]):
-    """Model, tokenizer, posts to train on, held-out posts, and the prompts of the largest batch that may come; what
-    cannot work is refused here, before any step."""
-    model, tokenizer = load(TINY if config.model == "tiny" else config.model, config.device or None,
-                            weight_type(config))
-    if tokenizer is None:
-        raise ValueError(f"{config.model} has no tokenizer.json: copy it there from the model it was made of.")
+def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, ref_model, tokenizer, posts, scorers,
+              optimizer, total: int, log: Log, stop: Stop) -> int:
+    """The algorithm box of the paper (Shao et al. 2024, algorithm 1), from `step` to the stage's end.
+
+    Returns the step that was reached."""
+    while step < stage.end:
+        clock = time.time()
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = learning_rate(step, total, config)
+
+        # 1. B posts, each with a prompt that asks for a summary of a certain size.
+        tasks = tasks_of(posts, step, config, tokenizer)
+        # 2. The policy writes G summaries of each. The same temperature divides the logits here and in the loss.
+        groups = sample(model, [task.prompt for task in tasks], G=config.group, max_new_tokens=config.max_new_tokens,
+                        temperature=config.temperature, seed=config.seed * 1_000_003 + step, tokenizer=tokenizer,
+                        stop_text=CLOSE if has_tag(config.template) else "")
+        # 3. Each summary gets a number. Any function will do: no gradient goes through it.
+        line = score(groups, tasks, stage.reward, config, tokenizer, scorers)
+        # 4. Summaries that did better than their own group become likelier, the others less likely: not too far from
+        #    the policy that wrote them (the clip), nor from the reference model (the KL).
+        try:
+            line |= update(model, ref_model, groups, optimizer, config)
+        except FloatingPointError as e:
+            raise last_good_weights(e, folder, model, tokenizer, optimizer, log.last + 1) from e
+
+        step += 1
+        line["n_tokens"] = sum(int(group.mask.sum()) for group in groups)
+        log.step(step, stage, line, time.time() - clock)
+        if stop.asked or step % config.save_every == 0 or step == stage.end:
+            save_checkpoint(folder, model, optimizer, step)
+        if stop.asked:
+            break
+    return step
+
+
+def learning_rate(step: int, total: int, config: Config) -> float:
+    """Up from 0 over the warm-up, then down in a straight line to `lr_end` times --lr: late steps only polish."""
+    return config.lr * min(1.0, (step + 1) / max(1, config.warmup)) * (1 - (1 - config.lr_end) * step / total)
+
+
+def last_good_weights(e: FloatingPointError, folder: Path, model, tokenizer, optimizer, step: int) -> Exception:
+    """What to say when the loss of `step` exploded; the weights of the last checkpoint are put into model/."""
+    good = load_checkpoint(folder, model, optimizer)
+    if good == 0:
+        return FloatingPointError(f"{e} in step {step}, before the first checkpoint: start again with a lower --lr.")
+    save(model, tokenizer, folder / "model")
+    return FloatingPointError(f"{e} in step {step}. The weights of step {good}, which are good, are in "
+                              f"{folder / 'model'}: go on from them with --model {folder / 'model'} and a lower --lr.")
+
+
+# --- before the first step --------------------------------------------------------------------------------------------
+
+
+def load_policy(config: Config):
+    """-> (model, tokenizer): the policy, with adapters where --lora asks for them."""
+    model, tokenizer = load_with_tokenizer(config.model, config)
     if config.lora:
         targets = [name for name in config.lora_targets.split(",") if name]
         add_lora(model, config.lora, config.lora_alpha or 2.0 * config.lora, targets, config.seed)
     model.checkpointing = config.checkpointing
-    budgets = budgets_of(config)
-    config.template = config.template or ("tagged" if budgets else choose_template(model, tokenizer))
+    return model, tokenizer
+
+
+def load_with_tokenizer(name: str, config: Config):
+    # Weights are float32 unless --lean: at a learning rate of 1e-6 nearly all updates would vanish in bfloat16.
+    dtype = torch.bfloat16 if config.lean else torch.float32
+    model, tokenizer = load(TINY if name == "tiny" else name, config.device or None, dtype)
+    if tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer.json: copy it there from the model it was made of.")
+    return model, tokenizer
+
+
+def choose_posts(config: Config, stages: list[Stage], model, tokenizer) -> tuple[list[Post], list[Post], list]:
+    """-> (posts to train on, held-out posts, the B longest prompts that may come).
+
+    Settles what --template and --max-new-tokens leave open, and refuses what cannot work with these posts.
+    """
+    names = reward_names(stages)
+    config.template = config.template or choose_template(model, tokenizer, names)
+    unit_of = {"chars": "char_length", "tokens": "length"}
+    for name in names & {"length", "char_length"}:
+        if has_budget(config.template) and name != unit_of[config.budget_unit]:
+            raise ValueError(f"--stages: '{name}' does not go with budgets of {config.budget_unit}: take "
+                             f"{unit_of[config.budget_unit]}, whose target is then the budget.")
     splits = load_split(config.data, config.eval_data, config.max_posts, config.min_chars)
     if config.max_document:
-        splits = [[dataclasses.replace(post, document=cut(tokenizer, post.document, config.max_document))
-                   for post in posts] for posts in splits]
-    wrong = "length" if config.budget_unit == "chars" else "char_length"
-    if budgets and any(wrong in stage.reward.names for stage in stages):
-        raise ValueError(f"--stages: '{wrong}' does not go with budgets of {config.budget_unit}: take "
-                         f"{'char_length' if wrong == 'length' else 'length'}, whose target is then the budget.")
-    if budgets:
-        config.max_new_tokens = config.max_new_tokens or max(room_for(tokenizer, posts, config) for posts in splits)
-    room = model.config.max_position_embeddings - config.max_new_tokens
-    if room < 1:
-        raise ValueError(f"{config.max_new_tokens} new tokens leave no room for a prompt in the model's context of "
-                         f"{model.config.max_position_embeddings}: lower --target, --budgets or --max-new-tokens.")
-    kept = []
-    for posts in splits:
-        prompts = [max((task_of(tokenizer, post, config, budget).prompt for budget in budgets or [0]), key=len)
-                   for post in posts]
-        kept.append([(post, prompt) for post, prompt in zip(posts, prompts)
-                     if not config.max_prompt or len(prompt) <= config.max_prompt])
-        for post, n in zip(posts, map(len, prompts)):
-            if n > room and (not config.max_prompt or n <= config.max_prompt):
-                raise ValueError(f"Post {post.id} has a prompt of {n} tokens; with {config.max_new_tokens} "
-                                 f"new ones it does not fit into the model's context of "
-                                 f"{model.config.max_position_embeddings}. Leave such posts out (--max-prompt {room}), "
-                                 f"or cut their documents (--max-document).")
-    longest = sorted((prompt for _, prompt in kept[0]), key=len)[-config.prompts:]
-    posts, held_out = ([post for post, _ in pairs] for pairs in kept)
+        splits = [[replace(post, document=shorten(tokenizer, post.document, config.max_document)) for post in posts]
+                  for posts in splits]
+    config.max_new_tokens = max(completion_limit(tokenizer, posts, config) for posts in splits)
+    (posts, prompts), (held_out, _) = (posts_that_fit(posts, config, model, tokenizer) for posts in splits)
     if len(posts) < config.prompts or not held_out:
         raise ValueError(f"{len(posts)} posts to train on and {len(held_out)} held out are too few for batches "
                          f"of {config.prompts}: give more posts, lower --prompts or raise --max-prompt.")
-    compared = sorted({name for s in stages for name in s.reward.names} & rewards.NEED_REFERENCE)
+    compared = sorted(names & NEED_REFERENCE)
     if compared and not any(post.reference for post in posts):
         raise ValueError(f"{config.data} has no summaries for {', '.join(compared)} to compare with: call their field "
                          f"'summary', or train with --stages length:N or squish:N.")
-    return model, tokenizer, posts, held_out[:config.eval_posts], longest
+    return posts, held_out[:config.eval_posts], sorted(prompts, key=len)[-config.prompts:]
 
 
-def weight_type(config: Config) -> torch.dtype:
-    return torch.bfloat16 if config.lean else torch.float32
+def posts_that_fit(posts: list[Post], config: Config, model, tokenizer) -> tuple[list[Post], list[list[int]]]:
+    """-> (the posts whose prompts fit, their prompts). --max-prompt leaves others out; else they are refused."""
+    context = model.config.max_position_embeddings
+    room = context - config.max_new_tokens
+    if room < 1:
+        raise ValueError(f"{config.max_new_tokens} new tokens leave no room for a prompt in the model's context of "
+                         f"{context}: lower --target, --budgets or --max-new-tokens.")
+    kept, prompts = [], []
+    for post in posts:
+        prompt = max((make_task(tokenizer, post, config, budget).prompt for budget in budgets_of(config)), key=len)
+        if config.max_prompt and len(prompt) > config.max_prompt:
+            continue
+        if len(prompt) > room:
+            raise ValueError(f"Post {post.id} has a prompt of {len(prompt)} tokens; with {config.max_new_tokens} new "
+                             f"ones it does not fit into the model's context of {context}. Leave such posts out "
+                             f"(--max-prompt {room}), or cut their documents (--max-document).")
+        kept.append(post)
+        prompts.append(prompt)
+    return kept, prompts
+
+
+def frozen_models(config: Config, stages: list[Stage], model, tokenizer) -> tuple:
+    """-> (the model that the KL holds to, or None; the (model, tokenizer) pairs that measure squish and cost, if any).
+
+    Both are the policy as it is now, before its first step, and they never move: a frozen copy, or under LoRA the
+    policy itself with its adapters off.
+    """
+    measured = not NEED_MODEL.isdisjoint(reward_names(stages))
+    names = [name for name in config.references.split(",") if name and measured]
+    start = None
+    if config.beta > 0 or measured and not names:
+        start = model if config.lora else copy.deepcopy(model).requires_grad_(False)
+    scorers = [(start, tokenizer)] if measured and not names else []
+    for name in names:
+        scorer, words = load_with_tokenizer(name, config)
+        scorers.append((scorer.requires_grad_(False), words))
+    return start if config.beta > 0 else None, scorers
+
+
+def frozen_copy_of_stage(folder: Path, model, stage: Stage, begins: bool):
+    """The policy as it was when the stage began: the reference model under --stage-ref previous."""
+    ref_model = stage_copy(folder / "checkpoint" / f"stage-{stage.number}.pt", model, begins)
+    merge_lora(ref_model)  # its adapters are part of it: they must not go off with the policy's
+    return ref_model.requires_grad_(False)
+
+
+def make_fast_or_small(config: Config, model, ref_model) -> None:
+    """--compile, or the memory that --checkpointing is for."""
+    if config.compile:
+        for layer in {*model.layers, *(ref_model.layers if ref_model else ())}:
+            layer.compile(dynamic=True)
+    elif config.checkpointing:
+        memory.tidy(model)  # not when compiled: torch.compile cannot look into what it calls
 
 
 def make_optimizer(config: Config, model) -> torch.optim.Optimizer:
@@ -162,120 +255,8 @@ def make_optimizer(config: Config, model) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, config.lr, (0.9, 0.99), 1e-8, config.weight_decay, fused=fused)
 
 
-def references(config: Config, model, tokenizer) -> tuple:
-    """The model that the KL holds to, or None, and the (model, tokenizer) pairs that measure SQUISH, if any.
-
-    Under LoRA both are the policy itself without its adapters. Else both are one frozen copy of it.
-    """
-    measured, names = bool(budgets_of(config)), [n for n in config.references.split(",") if n]
-    start = None
-    if config.beta > 0 or measured and not names:
-        start = model if config.lora else copy.deepcopy(model).requires_grad_(False)
-    judges = []
-    for name in names if measured else []:
-        judge, words = load(TINY if name == "tiny" else name, config.device or None, weight_type(config))
-        if words is None:
-            raise ValueError(f"{name} has no tokenizer.json: copy it there from the model it was made of.")
-        judges.append((judge.requires_grad_(False), words))
-    return start if config.beta > 0 else None, judges or ([(start, tokenizer)] if measured else [])
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the policy is asked: to summarise a post to a target, in tokens, or in the unit of its budget."""
-
-    post: Post
-    prompt: list[int]  # token ids
-    target: int
-    budget: float | int = 0  # 0: there is none, the target is one of length
-
-
-def task_of(tokenizer, post: Post, config: Config, budget: float | int) -> Task:
-    if budget:
-        return Task(post, *ask(tokenizer, post, config, budget), budget)
-    return Task(post, tokenize(tokenizer, post, config.template, config.target), config.target)
-
-
-def tasks_of(posts: list[Post], step: int, config: Config, tokenizer) -> list[Task]:
-    """The tasks of a step: every epoch in an order of its own, and a budget for each post; a pure function of seed and
-    step, so that resuming needs no state."""
-    budgets = budgets_of(config) or [0]
-    draw = np.random.default_rng([config.seed, step, 1])
-    return [task_of(tokenizer, post, config, budgets[draw.integers(len(budgets))])
-            for post in batch_of(posts, step, config)]
-
-
-def learning_rate(step: int, total: int, config: Config) -> float:
-    """Up from 0 over the warm-up, then down in a straight line to `lr_end` times --lr: late steps only polish."""
-    return config.lr * min(1.0, (step + 1) / max(1, config.warmup)) * (1 - (1 - config.lr_end) * step / total)
-
-
-def batch_of(posts: list, step: int, config: Config) -> list:
-    """The posts of a step: every epoch in an order of its own, a pure function of seed and step, so that resuming
-    needs no state."""
-    batch = []
-    for i in range(step * config.prompts, (step + 1) * config.prompts):
-        epoch, at = divmod(i, len(posts))
-        batch.append(posts[np.random.default_rng([config.seed, epoch]).permutation(len(posts))[at]])
-    return batch
-
-
-def score(groups: list, tasks: list[Task], reward: rewards.Reward, config: Config, judges: list,
-          tokenizer) -> dict[str, float]:
-    """Fill in each group's rewards; return the batch's means of them and of the lengths."""
-    totals, parts, lengths, summaries = [], {name: [] for name in reward.names}, [], []
-    for group, task in zip(groups, tasks):
-        texts, measured = group.texts, {}
-        if judges:
-            found = [extract(text, opened(config)) for text in texts]
-            texts = [text or "" for text in found]
-            at = (task.post.document, found, task.budget, config.budget_unit)
-            measured["squish"] = ensemble(judges, *at)
-            if "cost" in reward.names:
-                measured["cost"] = [fmean(v) for v in zip(*(cost(*judge, *at[:2]) for judge in judges))]
-        n = content_lengths(group)
-        total, part = reward(texts, n, task.post.reference, task.target, task.post.document, measured)
-        if config.missing == "penalty" and judges:
-            total = penalise(total, [not text for text in texts])
-        group.rewards = torch.tensor(total)  # [G]
-        totals.append(total)
-        summaries.append(texts)
-        lengths += n
-        for name in part:
-            parts[name] += part[name]
-    every = [(text, task) for texts, task in zip(summaries, tasks) for text in texts]
-    return {"reward": fmean(r for total in totals for r in total),
-            "reward_std": fmean(float(np.std(total, ddof=1)) for total in totals),
-            **{PENALTIES.get(name, name): fmean(values) for name, values in parts.items()},
-            "length": fmean(lengths),
-            **({"over": fmean(bool(text) and not fits(tokenizer, task.post.document, text, task.budget,
-                                                      config.budget_unit) for text, task in every),
-                "missing": fmean(not text for text, _ in every)} if judges else within(lengths, config.target)),
-            "distinct": fmean(map(rewards.distinct, summaries)),
-            "templated": rewards.templated(summaries),
-            "repetition": fmean(rewards.repetition(text) for text, _ in every),
-            "n_tokens": sum(int(g.mask.sum()) for g in groups)}
-
-
-class Stop:
-    """Ctrl-C: the first one ends the run after its step, the second one at once."""
-
-    def __enter__(self):
-        self.asked, self.before = False, signal.signal(signal.SIGINT, self.ask)
-        return self
-
-    def __exit__(self, *_) -> None:
-        signal.signal(signal.SIGINT, self.before)
-
-    def ask(self, *_) -> None:
-        if self.asked:
-            sys.exit("\nStopped at once. The last checkpoint is good; go on with --resume.")
-        self.asked = True
-        print("\nStopping after this step (again to stop at once) ...", flush=True)
-
-
 def main(argv: list[str] | None = None) -> int:
-    config, resume, given = read_arguments(argv, __doc__)
+    config, resume, given = read_arguments(Config, argv, __doc__)
     sys.stdout.reconfigure(errors="replace")  # a console that cannot show an emoji should not end the run
     try:
         check(config)

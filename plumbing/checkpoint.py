@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from lora import merge_lora
 from plumbing.folder import write_file
 
 
@@ -48,13 +47,12 @@ def read_trained(model, state: dict) -> None:
             p.copy_(state[name])
 
 
-def stage_reference(path: Path, model, begins: bool):
+def stage_copy(path: Path, model, begins: bool):
     """The policy as it was when the stage began, frozen: copied and saved then, read again when a run is resumed."""
-    reference = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     if begins:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         write_file(path, lambda part: torch.save(trained, part))
     else:
-        read_trained(reference, read_state(path, model.embed_tokens.weight.device))
-    merge_lora(reference)  # its adapters are part of it: they must not go off with the policy's
-    return reference.requires_grad_(False)
+        read_trained(copied, read_state(path, model.embed_tokens.weight.device))
+    return copied

@@ -1,19 +1,18 @@
 """What a run tells: the lines on the screen, and the files that they are read back from.
 
 metrics.jsonl has a line a step, eval.jsonl one an evaluation, samples.jsonl the first summaries of each to read. Every
-number in them is explained in README.md.
+number in them is explained in docs/read-your-run.md.
 """
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
-from eval import describe, draw_curves, evaluate, evaluate_squish, read_lines
 from plumbing.folder import write_text
 from plumbing.words import find_wordnet, how_to_get_wordnet
 
-PENALTIES = {"length": "length_penalty", "repetition": "repetition_penalty"}  # rewards logged under another name
 # The progress line: key of metrics.jsonl, title, width, format.
 COLUMNS = (("reward", "reward", 7, "{:.3f}"), ("length", "length", 6, "{:.1f}"), ("within_2", "±2", 5, "{:.0%}"),
            ("within_10pct", "±10%", 5, "{:.0%}"), ("over", "over", 5, "{:.0%}"), ("missing", "none", 5, "{:.0%}"),
@@ -26,9 +25,10 @@ COLUMNS = (("reward", "reward", 7, "{:.3f}"), ("length", "length", 6, "{:.1f}"),
 class Log:
     """The run's files and the lines on the screen."""
 
-    def __init__(self, folder: Path, config, stages: list, step: int):
+    def __init__(self, folder: Path, config, stages: list, step: int, goal: str):
+        """`goal`: the task in a few words."""
         self.folder, self.config, self.stages, self.total = folder, config, stages, stages[-1].end
-        self.by_model = any(stage.by_model for stage in stages)
+        self.goal = goal
         self.recent: list[dict] = []
         self.shown = 0
         self.first = self.last = step
@@ -58,24 +58,23 @@ class Log:
                           f"go on with --resume.") from e
 
     def begin(self, model, posts: list, held_out: list) -> None:
+        """What is about to happen."""
         c, n = self.config, sum(p.numel() for p in model.parameters())
         adapters = sum(p.numel() for p in model.parameters() if p.requires_grad) if c.lora else 0
         self.say(f"{c.model}: {n - adapters:,} parameters" + (f" and {adapters:,} in adapters" if c.lora else "")
-                 + f", {model.config.model_type}. {len(posts):,} posts to train on, "
-                 f"{len(held_out)} held out. {self.total} steps of {c.prompts} posts x {c.group} completions, "
-                 + (f"budgets {c.budgets} {c.budget_unit}" if self.by_model else f"target {c.target} tokens")
-                 + f". Everything goes to {self.folder}.")
-        if find_wordnet() is None and not self.by_model:
+                 + f", {model.config.model_type}. {len(posts):,} posts to train on, {len(held_out)} held out. "
+                 f"{self.total} steps of {c.prompts} posts x {c.group} completions, {self.goal}. "
+                 f"Everything goes to {self.folder}.")
+        if find_wordnet() is None and any(post.reference for post in held_out):
             self.say(f"There is no WordNet on this machine ({how_to_get_wordnet()}; or WNSEARCHDIR names its folder): "
                      f"METEOR matches equal words and stems, no synonyms.")
         if self.first:
             self.say(f"Resumed after step {self.first}.")
 
-    def evaluation(self, step: int, stage: int, model, tokenizer, held_out: list, judges: list) -> None:
+    def evaluation(self, step: int, stage: int, evaluate: Callable[[], dict], held_out: list) -> None:
         """Evaluate once per (step, stage), even when the run was killed right after."""
         if (step, stage) not in self.evaluated:
-            r = evaluate_squish(model, tokenizer, held_out, self.config, judges) if judges else \
-                evaluate(model, tokenizer, held_out, self.config)
+            r = evaluate()
             summaries = r.pop("summaries")
             for post, row in zip(held_out[:5], summaries):
                 self.append("samples", {"step": step, "stage": stage, "document": post.document,
@@ -97,8 +96,8 @@ class Log:
         self.watch()
         if step % self.config.print_every and step != stage.end and step != self.first + 1:
             return
-        parts = [PENALTIES.get(n, n) for n in stage.reward.names if n != "length"]
-        columns = [COLUMNS[0], *((n, n, max(7, len(n)), "{:.3f}") for n in parts), *COLUMNS[1:]]
+        parts = [(f"reward/{n}", n, max(7, len(n)), "{:.3f}") for n in stage.reward.names]
+        columns = [COLUMNS[0], *(part for part in parts if part[1] != "length"), *COLUMNS[1:]]  # a length of its own
         columns = [column for column in columns if column[0] in row]
         if self.shown % 20 == 0:
             head = "".join(f"{title:>{w + 1}}" for _, title, w, _ in columns)
@@ -131,24 +130,57 @@ class Log:
                      + ", ".join(f"{n} {first[n]:.2f} and {now[n]:.2f}" for n in names)
                      + ". Read some; more --beta or --temperature, or 0.1*distinct in the reward, can help.")
 
-    def grade(self, row: dict) -> str:
-        if "squish" not in row:
-            return f"{row['length']} tokens"
-        return f"SQUISH@{row['budget']} {row['squish']:.3f}, {row['used']:.0%} of the budget"
-
     def finish(self, seconds: float, peak: float | None) -> None:
-        """Curves, and what the run did to the first held-out posts."""
+        """What the run did to the first held-out posts, and how it went."""
         evals, samples = read_lines(self.folder / "eval.jsonl"), read_lines(self.folder / "samples.jsonl")
-        draw_curves(self.folder, self.config, [stage.end for stage in self.stages])
         first = [row for row in samples if row["stage"] == 0]
         last = [row for row in samples if row["stage"] == evals[-1]["stage"]]
         for before, after in list(zip(first, last))[:3]:
             self.say(f"\n  post       {before['document']}\n  reference  {before['reference']}\n"
-                     f"  before     {before['summary']} [{self.grade(before)}]\n"
-                     f"  after      {after['summary']} [{self.grade(after)}]")
-        goal = "" if "squish" in last[0] else f", target {self.config.target} tokens"
-        self.say(f"\nheld-out greedy summaries{goal}"
+                     f"  before     {before['summary']} [{grade(before)}]\n"
+                     f"  after      {after['summary']} [{grade(after)}]")
+        self.say(f"\nheld-out greedy summaries, {self.goal}"
                  f"\n  before  {describe(evals[0])}\n  after   {describe(evals[-1])}"
                  f"\nDone in {int(seconds // 60)}:{int(seconds % 60):02d}"
                  + ("" if peak is None else f", with at most {peak:.1f} GiB of memory")
                  + f". Look at {self.folder / 'curves.png'}; the model is in {self.folder / 'model'}.")
+
+
+def grade(row: dict) -> str:
+    """One summary of samples.jsonl, in a few words."""
+    if "budget" in row:
+        return f"reward {row['reward']:.3f}, {row['used']:.0%} of the budget of {row['budget']}"
+    return f"{row['length']} tokens"
+
+
+def describe(r: dict) -> str:
+    """A line of eval.jsonl as a sentence: the run's own reward and its parts, how the size was kept to, the metrics."""
+    budgets = [name.partition("@")[2] for name in r if name.startswith("reward@")]
+    if budgets:
+        said = [f"budget {b}: {paid(r, '@' + b)}, over {r[f'over@{b}']:.0%}, used {r[f'used@{b}']:.0%}"
+                + (f", missing {r[f'missing@{b}']:.0%}" if f"missing@{b}" in r else "") for b in budgets]
+    else:
+        said = [paid(r), f"{r['within_10pct']:.0%} within ±10% of the target, {r['within_2']:.0%} within ±2 tokens",
+                f"length {r['length']:.1f} ± {r['length_std']:.1f}"]
+    if "rouge_l" in r:
+        said.append(f"ROUGE-L {r['rouge_l']:.3f}, METEOR {r['meteor']:.3f}, BLEU {r['bleu']:.3f}")
+    return "; ".join([*said, f"distinct {r['distinct']:.2f}"])
+
+
+def paid(r: dict, ending: str = "") -> str:
+    """"reward 0.52 (rouge_l 0.74, length -0.07)", of the keys with this ending: "" or "@BUDGET"."""
+    parts = {name.partition("@")[0].removeprefix("reward/"): value for name, value in r.items()
+             if name.startswith("reward/") and name.partition("@")[2] == ending.removeprefix("@")}
+    listed = ", ".join(f"{name} {value:.3f}" for name, value in parts.items())
+    return f"reward {r['reward' + ending]:.3f}" + (f" ({listed})" if len(parts) > 1 else "")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The whole lines of a JSONL file; a last one cut by a kill is no line."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows

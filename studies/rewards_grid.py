@@ -29,12 +29,15 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from eval import Config, evaluate, read_lines, within
+from config import Config
+from eval import evaluate
 from model import load
 from plumbing.folder import read_json, write_text
+from plumbing.log import read_lines
 from plumbing.posts import TINY, load_posts
 from plumbing.words import find_wordnet
-from rewards import own_share
+from rewards import own_shares
+from task import within
 
 QUALITIES = ("rouge_l", "meteor", "bleu", "rouge_l+meteor", "rouge_l+bleu", "meteor+bleu", "rouge_l+meteor+bleu")
 
@@ -158,8 +161,8 @@ def measure(runs: list[dict]) -> dict[str, np.ndarray]:
         for name in ("length", "rouge_l", "meteor", "bleu"):
             values[name].append([row[name] for row in rows])
         for name in ("within_2", "within_10pct"):
-            values[name].append([within([row["length"]], r["target"])[name] for row in rows])
-        values["distinct"].append([own_share(text, texts) for text in texts])
+            values[name].append([within([row["length"]], [r["target"]])[name] for row in rows])
+        values["distinct"].append(own_shares(texts))
         values["kl"].append([np.nan if r["kl"] is None else r["kl"]])
     return {name: np.array(v, dtype=float) for name, v in values.items()}
 

@@ -28,13 +28,24 @@ from statistics import fmean
 
 import numpy as np
 
-from eval import Config, ask, find_model, opened, parse_budgets, room_for, write
+from config import Config, parse_budgets
+from eval import complete, find_model
 from model import load
 from plumbing.folder import find_folder, write_file, write_text
 from plumbing.posts import Post, load_posts
-from squish import CLOSE, TEMPLATE, UNITS, allowance, cut, extract, fits, size, squish
+from squish import TEMPLATE, UNITS, allowance, fits, shorten, size, squish
 from studies.rewards_grid import interval
-from task import REQUEST, TEMPLATES, fill
+from task import (
+    CLOSE,
+    REQUEST,
+    TEMPLATES,
+    UNIT_WORDS,
+    completion_limit,
+    extract,
+    fill,
+    make_task,
+    read_answer,
+)
 
 PROMPT_VERSION = hashlib.sha256((REQUEST + TEMPLATES["tagged"] + TEMPLATES["notes"]).encode()).hexdigest()[:8]
 BASELINES = ("first", "reference", "other", "empty")
@@ -116,7 +127,7 @@ def by_server(name: str, posts: list[Post], budget, config: Config, args, kept: 
     found, todo = {}, []
     for i, post in enumerate(posts):
         target = int(allowance(args.tokenizer, post.document, budget, config.budget_unit))
-        unit = {"chars": "characters", "tokens": "tokens"}[config.budget_unit]
+        unit = UNIT_WORDS[config.budget_unit]
         for k in range(args.samples):
             key = ("written", name, PROMPT_VERSION, budget, config.budget_unit, post.document, k, args.temperature,
                    n_tokens)
@@ -157,11 +168,11 @@ def by_folder(name: str, posts: list[Post], budget, config: Config, args, kept: 
         model, tokenizer = load(find_model(name)[0])
         for k in range(args.samples):
             mine = [(i, key) for i, sample, key in todo if sample == k]
-            prompts = [ask(tokenizer, posts[i], config, budget)[0] for i, _ in mine]
+            prompts = [make_task(tokenizer, posts[i], config, budget).prompt for i, _ in mine]
             for at in range(0, len(mine), 64):
-                for (i, key), group in zip(mine[at:at + 64], write(
-                        model, tokenizer, prompts[at:at + 64], n_tokens, stop_text=CLOSE,
-                        temperature=args.temperature, seed=k)):
+                groups = complete(model, tokenizer, prompts[at:at + 64], n_tokens, stop_text=CLOSE,
+                                  temperature=args.temperature, seed=k)
+                for (i, key), group in zip(mine[at:at + 64], groups):
                     found[i, k] = group.texts[0]
                     kept.put(found[i, k], *key)
                 progress(f"{name} @{budget}: {at + len(mine[at:at + 64])} of {len(mine)}")
@@ -175,19 +186,19 @@ def baseline(name: str, posts: list[Post], budget, config: Config, tokenizer) ->
     result = []
     for post, text in zip(posts, texts):
         room = int(allowance(tokenizer, post.document, budget, config.budget_unit))
-        result.append((text[:room] if config.budget_unit == "chars" else cut(tokenizer, text, room)) or None)
+        result.append((text[:room] if config.budget_unit == "chars" else shorten(tokenizer, text, room)) or None)
     return result
 
 
 # --- what they are worth ----------------------------------------------------------------------------------------------
 
 
-def measure(posts: list[Post], summaries: dict, budget, unit: str, judges: list, kept: Kept) -> dict:
-    """{(post, sample): value}: the mean SQUISH of the judges, (identity, model, tokenizer) each."""
+def measure(posts: list[Post], summaries: dict, budget, unit: str, scorers: list, kept: Kept) -> dict:
+    """{(post, sample): value}: the mean SQUISH of the scorers, (identity, model, tokenizer) each."""
     values = dict.fromkeys(summaries, 0.0)
     for n, (i, post) in enumerate(enumerate(posts), 1):
         mine = {at: s for at, s in summaries.items() if at[0] == i}
-        for who, model, tokenizer in judges:
+        for who, model, tokenizer in scorers:
             keys = {at: ("squish", who, TEMPLATE, post.document, s, budget, unit) for at, s in mine.items()}
             known = {at: kept.get(*key) for at, key in keys.items()}
             todo = [at for at, value in known.items() if value is None]
@@ -197,28 +208,28 @@ def measure(posts: list[Post], summaries: dict, budget, unit: str, judges: list,
                     kept.put(value, *keys[at])
                     known[at] = value
             for at, value in known.items():
-                values[at] += value / len(judges)
+                values[at] += value / len(scorers)
         progress(f"measured {n} of {len(posts)} @{budget}")
     return values
 
 
-def score(name: str, posts: list[Post], budget, config: Config, args, judges: list, kept: Kept) -> dict:
+def score(name: str, posts: list[Post], budget, config: Config, args, scorers: list, kept: Kept) -> dict:
     """One row of the table: a model at a budget."""
-    tokenizer = judges[0][2]
+    tokenizer = scorers[0][2]
     if name in BASELINES:
         summaries = {(i, 0): s for i, s in enumerate(baseline(name, posts, budget, config, tokenizer))}
     else:
-        n_tokens = args.max_new_tokens or room_for(tokenizer, posts, config)
+        n_tokens = completion_limit(tokenizer, posts, config)
         if "#" in name:
             n_tokens = args.max_new_tokens or max(1024, n_tokens)  # some think before they write
             answers = by_server(name, posts, budget, config, args, kept, n_tokens)
             summaries = {at: None if s is None else extract(s, opened=False) for at, s in answers.items()}
         else:
-            config = replace(config, template=args.template or find_model(name)[1].get("template", ""))
+            config = replace(config, template=args.template or find_model(name)[1].get("template", config.template))
             answers = by_folder(name, posts, budget, config, args, kept, n_tokens)
-            summaries = {at: extract(s, opened(config)) for at, s in answers.items()}
+            summaries = {at: read_answer(s, config.template) for at, s in answers.items()}
     summaries = {at: s or None for at, s in summaries.items()}
-    values = measure(posts, summaries, budget, config.budget_unit, judges, kept)
+    values = measure(posts, summaries, budget, config.budget_unit, scorers, kept)
     over = {(i, k) for (i, k), s in summaries.items()
             if s and not fits(tokenizer, posts[i].document, s, budget, config.budget_unit)}
     samples = max(k for _, k in summaries) + 1
@@ -301,20 +312,22 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--n, --samples and --jobs must be at least 1, --temperature at least 0.")
         if args.samples > 1 and args.temperature == 0:
             raise ValueError("--samples of a greedy model are all the same: give a --temperature.")
-        config = Config(max_new_tokens=args.max_new_tokens, budgets=args.budgets, budget_unit=args.unit)
+        config = Config(max_new_tokens=args.max_new_tokens, budgets=args.budgets, budget_unit=args.unit,
+                        template="tagged")
         budgets = parse_budgets(args.budgets)
-        judges = [(identity(name), *load(find_model(name)[0])) for name in args.references.split(",")]
-        args.tokenizer = judges[0][2]
-        if any(judge[2] is None for judge in judges):
+        scorers = [(identity(name), *load(find_model(name)[0])) for name in args.references.split(",")]
+        args.tokenizer = scorers[0][2]
+        if any(scorer[2] is None for scorer in scorers):
             raise ValueError("A reference model has no tokenizer.json, so it cannot read the documents.")
         posts = load_posts(args.data, args.split, max_posts=args.n, min_chars=args.min_chars)
         if args.max_document:
-            posts = [replace(post, document=cut(args.tokenizer, post.document, args.max_document)) for post in posts]
+            posts = [replace(post, document=shorten(args.tokenizer, post.document, args.max_document))
+                     for post in posts]
         with_references = any(post.reference for post in posts)
         names = [*args.models, *(b for b in BASELINES if with_references or b in ("first", "empty"))]
         kept, rows = Kept(Path(args.cache)), []
         for name in names:
-            rows += [score(name, posts, budget, config, args, judges, kept) for budget in budgets]
+            rows += [score(name, posts, budget, config, args, scorers, kept) for budget in budgets]
             progress("")
         out = Path(args.out)
         text = table(rows)

@@ -26,8 +26,10 @@ from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 import metrics
 import rewards
 from metrics import corpus_bleu, stem, words_13a
+from plumbing import server as server_module
 from plumbing.words import find_wordnet
 from rewards import (
+    GROUP_REWARDS,
     REWARDS,
     bleu,
     copy_rate,
@@ -35,7 +37,7 @@ from rewards import (
     embedding,
     length_penalty,
     meteor,
-    own_share,
+    own_shares,
     parse,
     repetition,
     rouge_l,
@@ -564,7 +566,7 @@ def test_repetition_and_templates():
 @given(st.lists(few_words, min_size=1, max_size=8))
 def test_each_ones_share_of_distinct_adds_up_to_the_groups(texts):
     pairs = [max(0, len(text.split()) - 1) for text in texts]
-    shares = [own_share(text, texts) for text in texts]
+    shares = own_shares(texts)
     if sum(pairs):
         whole = sum(share * n for share, n in zip(shares, pairs)) / sum(pairs)
         assert whole == pytest.approx(distinct(texts))
@@ -580,11 +582,13 @@ def test_form():
 # ---------------------------------------------------------------------------------------------------- for all of them
 
 
-@pytest.mark.parametrize("name", sorted(set(REWARDS) - {"embedding"} - rewards.NEED_MODEL))
+@pytest.mark.parametrize("name", sorted({*REWARDS, *GROUP_REWARDS} - {"embedding"} - rewards.NEED_MODEL))
 def test_every_reward_can_be_used_and_silence_is_never_best(name):
     texts = ["Tom won a race.", "Tom lost a cat and a dog.", "", " \n"]
-    totals, parts = parse(name)(texts, [5, 9, 0, 2], "Tom won the race.", 6, document="Tom won a race.")
-    assert list(parts) == [name] and len(parts[name]) == 4
+    bad = name in ("copy_rate", "repetition")  # shares of what is bad
+    expression = f"0*length - {name}" if bad else name
+    totals, parts = parse(expression)(texts, [5, 9, 0, 2], "Tom won the race.", 6, document="Tom won a race.")
+    assert list(parts)[-1] == name and len(parts[name]) == 4
     assert totals[2] == totals[3] == min(totals)
 
 
@@ -598,18 +602,20 @@ def test_nothing_breaks_them_and_a_text_is_most_like_itself():
         for metric in (rouge_l, bleu, meteor, copy_rate):
             assert 0 <= metric(a, b) <= metric(b, b) + 1e-12 <= 1 + 1e-12, (metric, a, b)
         assert (bleu(b, b), rouge_l(b, b)) == (bool(words_13a(b)), bool(metrics._tokens(b))), b  # 1, to the last digit
-        assert 0 <= repetition(a) <= 1 and 0 <= own_share(a, (a, b)) <= 1 and well_formed(a) in (0, 1)
+        assert 0 <= repetition(a) <= 1 and well_formed(a) in (0, 1)
+        assert all(0 <= share <= 1 for share in own_shares((a, b)))
 
 
-@pytest.mark.parametrize("name", sorted(REWARDS))
+@pytest.mark.parametrize("name", sorted({*REWARDS, *GROUP_REWARDS}))
 def test_a_name_is_what_it_says_and_needs_what_it_says(name, monkeypatch):
     """The measures are not symmetric: who swaps text and reference, or reference and document, gets other numbers."""
-    monkeypatch.setattr(rewards, "_embed", lambda text: tuple(float(text.count(letter)) for letter in "abcd"))
+    monkeypatch.setattr(rewards, "embed", lambda texts: {
+        text: [float(text.count(letter)) for letter in "abcd"] for text in texts})
     text, reference, document, other = "a b c a b c", "a b c d a a", "x a b c a y", "d d a c"
     expected = {
         "length": -(8 - 6) / 8, "char_length": -(11 - 8) / 8, "embedding": (2 * 3 + 2 * 1 + 2 * 1) / 12,
         "rouge_l": rouge_l(text, reference), "bleu": bleu(text, reference), "meteor": meteor(text, reference),
-        "copy_rate": 3 / 4, "repetition": -1 / 4, "distinct": (4 * 1 / 2 + 1) / 5, "format": 0.0,
+        "copy_rate": 3 / 4, "repetition": 1 / 4, "distinct": (4 * 1 / 2 + 1) / 5, "format": 0.0,
         "squish": 0.5, "cost": 0.25,
     }
     measured = {"squish": [0.5, 0.0], "cost": [0.25, 0.125]}
@@ -617,6 +623,17 @@ def test_a_name_is_what_it_says_and_needs_what_it_says(name, monkeypatch):
     assert parts[name][0] == pytest.approx(expected[name])
     _, elsewhere = parse(name)([text, other], [6, 4], "nothing of it", 8, document, measured)
     assert (parts != elsewhere) == (name in rewards.NEED_REFERENCE)
+
+
+def test_a_forker_s_reward_of_a_whole_group(monkeypatch):
+    """It sees all summaries of a post at once, and must answer for each of them."""
+    monkeypatch.setitem(GROUP_REWARDS, "rank", lambda group: [sum(len(o.text) < len(s.text) for o in group)
+                                                              for s in group])
+    monkeypatch.setitem(GROUP_REWARDS, "short", lambda group: [1.0])
+    totals, parts = parse("2*rank + length")(["ccc", "a", "bb"], [3, 3, 3], "", 3)
+    assert parts["rank"] == [2, 0, 1] and totals == [4.0, 0.0, 2.0]
+    with pytest.raises(ValueError, match="'short' gave 1 values for 2 summaries"):
+        parse("short")(["a", "b"], [1, 1], "", 1)
 
 
 def test_what_a_language_model_measures_is_handed_in():
@@ -641,8 +658,9 @@ def server(monkeypatch):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append((self.path, self.headers["Authorization"], body))
-            vector = [body["input"].count("a"), body["input"].count("b")]
-            status, text = Handler.answer or (200, json.dumps({"data": [{"embedding": vector, "index": 0}]}))
+            data = [{"embedding": [text.count("a"), text.count("b")], "index": i}
+                    for i, text in enumerate(body["input"])]
+            status, text = Handler.answer or (200, json.dumps({"data": data[::-1]}))  # in whatever order
             self.send_response(status)
             self.end_headers()
             self.wfile.write(text.encode())
@@ -655,34 +673,49 @@ def server(monkeypatch):
         monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{http.server_port}/v1/")
         monkeypatch.setenv("OPENAI_API_KEY", "secret")
         monkeypatch.setenv("EMBEDDING_MODEL", "small")
-        rewards._embed.cache_clear()
+        server_module._known.clear()
         yield Handler, asked
         http.shutdown()
-    rewards._embed.cache_clear()
+    server_module._known.clear()
+
+
+def cosine_of(text, reference):
+    return embedding([rewards.Summary(text, 1, reference, 1, "")])[0]
 
 
 def test_embedding_is_the_cosine_of_a_servers_vectors(server):
-    assert embedding("aaa", "aaabbbb") == pytest.approx(3 / 5)  # (3, 0) and (3, 4)
-    assert embedding("bb", "aaabbbb") == pytest.approx(4 / 5)
+    assert cosine_of("aaa", "aaabbbb") == pytest.approx(3 / 5)  # (3, 0) and (3, 4)
+    assert cosine_of("bb", "aaabbbb") == pytest.approx(4 / 5)
     _, asked = server
-    assert [body["input"] for _, _, body in asked] == ["aaa", "aaabbbb", "bb"]  # nothing is asked twice
+    assert [body["input"] for _, _, body in asked] == [["aaa", "aaabbbb"], ["bb"]]  # nothing is asked twice
     assert asked[0][:2] == ("/v1/embeddings", "Bearer secret") and asked[0][2]["model"] == "small"
-    assert embedding("", "aaa") == embedding("aaa", " ") == 0.0 and len(asked) == 3
-    assert embedding("c", "aaa") == 0.0  # a zero vector is no division by zero
+    assert cosine_of("", "aaa") == cosine_of("aaa", " ") == 0.0 and len(asked) == 2
+    assert cosine_of("c", "aaa") == 0.0  # a zero vector is no division by zero
+
+
+def test_a_group_is_one_request(server):
     totals, _ = parse("embedding")(["b", "aaa", " ", "bb"], [1, 1, 1, 1], reference="aaabbbb", target=1)
-    assert totals == pytest.approx([0.8, 0.6, 0.0, 0.8])  # for silence nobody is asked
-    assert " " not in [body["input"] for _, _, body in asked]
+    assert totals == pytest.approx([0.8, 0.6, 0.0, 0.8])
+    (_, _, body), = server[1]
+    assert sorted(body["input"]) == ["aaa", "aaabbbb", "b", "bb"]  # for silence nobody is asked
+
+
+def test_what_is_kept_of_a_server_is_bounded(server, monkeypatch):
+    monkeypatch.setattr(server_module, "MOST", 3)
+    for text in ("a", "b", "ab"):
+        assert cosine_of(text, "aab") == pytest.approx(cosine_of(text, "aab"))
+        assert len(server_module._known) <= 3
 
 
 @pytest.mark.parametrize("answer", [(500, "no"), (200, "<html>"), (200, "{}"), (200, '{"data": []}'), (200, "[]"),
                                     (200, '{"data": [{"embedding": null}]}')])
 def test_a_server_that_gives_no_vector_is_a_sentence(server, answer):
     server[0].answer = answer
-    with pytest.raises(ConnectionError, match="no vector from http://127.0.0.1.*/v1/embeddings .*OPENAI_BASE_URL"):
-        embedding("a", "b")
+    with pytest.raises(ConnectionError, match="no vectors from http://127.0.0.1.*/v1/embeddings .*OPENAI_BASE_URL"):
+        cosine_of("a", "b")
 
 
 def test_no_server_is_a_sentence(monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     with pytest.raises(ConnectionError, match="start a server there.*OPENAI_BASE_URL, OPENAI_API_KEY, EMBEDDING_MODEL"):
-        embedding("nobody", "listens")
+        cosine_of("nobody", "listens")

@@ -12,8 +12,8 @@ import squish as sq
 from model import add_lora, load, save
 from plumbing.posts import TINY, Post
 from rollout import sample
-from squish import TEMPLATE, allowance, cost, cut, encode, ensemble, extract, information, penalise, squish, token_bits
-from task import TEMPLATES, render, tokenize
+from squish import TEMPLATE, allowance, cost, encode, ensemble, information, shorten, squish, token_bits
+from task import TEMPLATES, extract, penalise, render, tokenize
 
 BOS = 1
 DOCUMENT = "I lost a shoe in the post and found the other one about 64 tokens later."
@@ -168,7 +168,7 @@ def test_a_tokenizer_that_puts_tokens_around_a_text_puts_none_into_the_sums():
     for summary in (None, SUMMARY):
         assert torch.equal(token_bits(reference(), eager, DOCUMENT, [summary]),
                            token_bits(reference(), plain, DOCUMENT, [summary]))
-    assert cut(eager, DOCUMENT, 9) == cut(plain, DOCUMENT, 9)
+    assert shorten(eager, DOCUMENT, 9) == shorten(plain, DOCUMENT, 9)
 
 
 def test_text_that_spells_tags_and_control_tokens_is_text(tokenizer):
@@ -243,7 +243,7 @@ def test_a_model_without_bos_begins_with_its_end_of_text(tokenizer):
 @given(st.text(min_size=1, max_size=60), st.integers(1, 40))
 def test_a_document_is_cut_to_tokens_and_stays_a_beginning(text, n):
     tokenizer = byte_bpe()
-    short = cut(tokenizer, text, n)
+    short = shorten(tokenizer, text, n)
     assert text.startswith(short) and len(encode(tokenizer, short).ids) <= n
     if len(encode(tokenizer, text).ids) <= n:
         assert short == text.rstrip()
@@ -252,7 +252,7 @@ def test_a_document_is_cut_to_tokens_and_stays_a_beginning(text, n):
 def test_a_cut_takes_as_many_tokens_as_there_may_be(tokenizer):
     whole = encode(tokenizer, DOCUMENT)
     for n in range(1, len(whole.ids)):
-        assert cut(tokenizer, DOCUMENT, n) == DOCUMENT[:whole.offsets[n][0]].rstrip()
+        assert shorten(tokenizer, DOCUMENT, n) == DOCUMENT[:whole.offsets[n][0]].rstrip()
 
 
 

@@ -19,11 +19,12 @@ import rewards
 import train
 from layers import Linear
 from model import load, load_adapters
-from plumbing import checkpoint
 from plumbing.posts import TINY, Post, load_posts
 from rollout import sample
-from squish import CLOSE, cost, cut, encode, extract, squish
+from squish import cost, encode, shorten, squish
 from studies import squish_benchmark as benchmark
+from task import CLOSE, extract, make_task, score, tasks_of
+from tests.test_train import explained
 
 ROOT = Path(__file__).parent.parent
 RUN = ["--stages", "squish:6", "--lora", "4", "--prompts", "2", "--group", "4", "--eval-posts", "3", "--lr", "1e-2",
@@ -56,10 +57,11 @@ def whole(tmp_path_factory) -> Path:
 
 def test_a_run_logs_what_became_of_the_summaries_and_leaves_adapters(whole):
     rows, evals = lines(whole / "metrics.jsonl"), lines(whole / "eval.jsonl")
-    assert {"squish", "over", "missing", "length", "kl", "entropy", "flat_groups", "logp_gap"} <= rows[0].keys()
+    assert {"reward/squish", "over", "missing", "length", "kl", "entropy", "flat_groups", "logp_gap"} <= rows[0].keys()
     assert "within_2" not in rows[0]
     assert max(row["logp_gap"] for row in rows) < 1e-4 and rows[0]["kl"] == 0 < rows[-1]["kl"]
-    assert {f"{name}@{b}" for name in ("squish", "over", "missing", "used") for b in (0.1, 0.2)} <= evals[0].keys()
+    assert {f"{name}@{b}" for name in ("reward", "reward/squish", "over", "missing", "used")
+            for b in (0.1, 0.2)} <= evals[0].keys()
     assert (evals[0]["step"], evals[-1]["step"], evals[0]["n"]) == (0, 6, 3)
     # The base was frozen: the adapters on top of it are the merged model.
     merged, _ = load(whole / "model")
@@ -75,10 +77,8 @@ def test_a_run_logs_what_became_of_the_summaries_and_leaves_adapters(whole):
     assert (whole / "checkpoint" / "state.pt").stat().st_size < 3 * 4 * 155_648 / 4 * 1.6
 
 
-def test_every_number_of_such_a_run_is_explained_in_the_readme(whole):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in lines(whole / "metrics.jsonl")[-1].keys() | lines(whole / "eval.jsonl")[-1].keys():
-        assert f"`{name.partition('@')[0]}" in readme, name
+def test_every_number_of_such_a_run_is_explained(whole):
+    assert explained(whole)
 
 
 def test_a_killed_run_resumes_bit_for_bit(whole, cwd):
@@ -101,53 +101,69 @@ def test_a_killed_run_resumes_bit_for_bit(whole, cwd):
 
 
 def config(**more) -> train.Config:
-    return train.Config(**({"stages": ("squish:2",), "budgets": "0.1,0.4,60", "prompts": 2, "group": 4} | more))
+    return train.Config(**({"stages": ("squish:2",), "budgets": "0.1,0.4,60", "prompts": 2, "group": 4,
+                            "template": "tagged"} | more))
 
 
-def judged(config, seed=0):
-    """Groups of the embedded model, scored; (groups, tasks, the line of the log, judges)."""
+def scored(config, seed=0):
+    """Groups of the embedded model, scored; (groups, tasks, the line of the log, scorers)."""
     model, tokenizer = load(TINY)
     posts = load_posts("tiny", "val")[:8]
-    tasks = train.tasks_of(posts, 1, config, tokenizer)
+    tasks = tasks_of(posts, 1, config, tokenizer)
     groups = sample(model, [task.prompt for task in tasks], config.group, 60, seed=seed, tokenizer=tokenizer,
                     stop_text=CLOSE)
-    judges = [(model, tokenizer)]
+    scorers = [(model, tokenizer)]
     stage, = train.parse_stages(config.stages)
-    return groups, tasks, train.score(groups, tasks, stage.reward, config, judges, tokenizer), judges
+    return groups, tasks, score(groups, tasks, stage.reward, config, tokenizer, scorers), scorers
 
 
 def test_the_loop_s_reward_is_the_squish_of_what_stands_before_the_closing_tag():
-    groups, tasks, line, judges = judged(config())
+    groups, tasks, line, scorers = scored(config())
     everything, n_over, n_missing = [], 0, 0
     for group, task in zip(groups, tasks):
         summaries = [extract(text, True) for text in group.texts]
-        expected = squish(*judges[0], task.post.document, summaries, task.budget)
-        assert group.rewards.tolist() == pytest.approx(
+        expected = squish(*scorers[0], task.post.document, summaries, task.budget)
+        assert group.rewards == pytest.approx(
             [e if s else min(expected) for e, s in zip(expected, summaries)], abs=1e-6)
         everything += expected
         limit = task.budget if isinstance(task.budget, int) else task.budget * len(task.post.document)
         n_over += sum(bool(s) and len(s) > limit for s in summaries)
         n_missing += sum(not s for s in summaries)
-    assert line["squish"] == pytest.approx(np.mean(everything), abs=1e-6)
+    assert line["reward/squish"] == pytest.approx(np.mean(everything), abs=1e-6)
     assert (line["over"], line["missing"]) == (n_over / 8, n_missing / 8) and n_over > 0
 
 
+def test_squish_beside_a_length_without_budget_and_tag(cwd):
+    """A reward that a model measures is one among others: what is asked, and how it is read, is the template's."""
+    args = ["--stages", "length + 2*squish:1", "--template", "chatml", "--run", "plain", "--prompts", "2",
+            "--group", "4", "--eval-posts", "3", "--beta", "0"]
+    assert train.main(args) == 0
+    row, (before, _) = lines(Path("runs/plain/metrics.jsonl"))[0], lines(Path("runs/plain/eval.jsonl"))
+    assert {"reward/squish", "reward/length", "within_2"} <= row.keys() and not {"over", "missing"} & row.keys()
+    assert before["reward"] == pytest.approx(before["reward/length"] + 2 * before["reward/squish"])
+    assert not [name for name in before if "@" in name] and before["within_10pct"] <= 1
+    model, tokenizer = load(TINY)
+    kept, = [s for s in lines(Path("runs/plain/samples.jsonl")) if s["stage"] == 0][:1]
+    expected, = squish(model, tokenizer, kept["document"], [kept["summary"]], budget=None)
+    assert kept["reward/squish"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_cost_and_penalty_reach_the_reward():
-    groups, tasks, line, judges = judged(config(stages=("squish - 0.5*cost:1",), missing="penalty"))
+    groups, tasks, line, scorers = scored(config(stages=("squish - 0.5*cost:1",), missing="penalty"))
     for group, task in zip(groups, tasks):
         summaries = [extract(text, True) for text in group.texts]
-        values = [a - 0.5 * b for a, b in zip(squish(*judges[0], task.post.document, summaries, task.budget),
-                                              cost(*judges[0], task.post.document, summaries))]
+        values = [a - 0.5 * b for a, b in zip(squish(*scorers[0], task.post.document, summaries, task.budget),
+                                              cost(*scorers[0], task.post.document, summaries))]
         there = [v for v, s in zip(values, summaries) if s]
         low = min(there) - max(max(there) - min(there), 0.1)
-        assert group.rewards.tolist() == pytest.approx([v if s else low for v, s in zip(values, summaries)], abs=1e-5)
-    assert line["cost"] > 0
+        assert group.rewards == pytest.approx([v if s else low for v, s in zip(values, summaries)], abs=1e-5)
+    assert line["reward/cost"] > 0
 
 
 def test_budgets_are_drawn_for_each_document_and_the_prompt_says_them():
     model, tokenizer = load(TINY)
     posts, c = load_posts("tiny", "val")[:40], config(prompts=4)
-    tasks = [task for step in range(30) for task in train.tasks_of(posts, step, c, tokenizer)]
+    tasks = [task for step in range(30) for task in tasks_of(posts, step, c, tokenizer)]
     assert {task.budget for task in tasks} == {0.1, 0.4, 60}
     counts = [sum(task.budget == b for task in tasks) for b in (0.1, 0.4, 60)]
     assert min(counts) > 20
@@ -156,29 +172,34 @@ def test_budgets_are_drawn_for_each_document_and_the_prompt_says_them():
         assert task.target == wanted
         text = tokenizer.decode(task.prompt)
         assert f"at most {wanted} characters, about {round(0.9 * wanted)}." in text and text.endswith("<summary>\n")
-    again = train.tasks_of(posts, 7, c, tokenizer)
+    again = tasks_of(posts, 7, c, tokenizer)
     assert again == tasks[28:32]
-    assert train.tasks_of(posts, 7, config(prompts=4, seed=1), tokenizer) != again
-    drawn = [[task.budget for step in range(9) for task in train.tasks_of(posts, step, config(prompts=4, seed=s),
+    assert tasks_of(posts, 7, config(prompts=4, seed=1), tokenizer) != again
+    drawn = [[task.budget for step in range(9) for task in tasks_of(posts, step, config(prompts=4, seed=s),
                                                                           tokenizer)] for s in (0, 1)]
     assert drawn[0] != drawn[1]
-    token_task = train.task_of(tokenizer, posts[0], config(budget_unit="tokens"), 0.5)
+    token_task = make_task(tokenizer, posts[0], config(budget_unit="tokens"), 0.5)
     assert token_task.target == int(0.5 * len(encode(tokenizer, posts[0].document).ids))
     assert "tokens, about" in tokenizer.decode(token_task.prompt)
 
 
-def test_the_reference_is_the_policy_s_own_start_or_others():
+def test_the_reference_model_is_the_policy_s_own_start_and_scorers_may_be_others():
     model, tokenizer = load(TINY)
-    kl, judges = train.references(config(lora=4), model, tokenizer)
-    assert kl is model and judges == [(model, tokenizer)]  # LoRA: one set of weights for all three
-    kl, judges = train.references(config(), model, tokenizer)
-    assert kl is judges[0][0] and kl is not model and not any(p.requires_grad for p in kl.parameters())
-    kl, judges = train.references(config(beta=0.0), model, tokenizer)
-    assert kl is None and judges[0][0] is not model
-    kl, judges = train.references(config(beta=0.0, references="tiny,tiny"), model, tokenizer)
-    assert kl is None and len(judges) == 2 and model not in [judge for judge, _ in judges]
-    kl, judges = train.references(config(stages=("length:2",)), model, tokenizer)
-    assert kl is not None and judges == []
+
+    def frozen(**more):
+        return train.frozen_models(c := config(**more), train.parse_stages(c.stages), model, tokenizer)
+
+    ref_model, scorers = frozen(lora=4)
+    assert ref_model is model and scorers == [(model, tokenizer)]  # LoRA: one set of weights for all three
+    ref_model, scorers = frozen()
+    assert ref_model is scorers[0][0] and ref_model is not model
+    assert not any(p.requires_grad for p in ref_model.parameters())
+    ref_model, scorers = frozen(beta=0.0)
+    assert ref_model is None and scorers[0][0] is not model
+    ref_model, scorers = frozen(beta=0.0, references="tiny,tiny")
+    assert ref_model is None and len(scorers) == 2 and model not in [scorer for scorer, _ in scorers]
+    ref_model, scorers = frozen(stages=("length:2",))
+    assert ref_model is not None and scorers == []
 
 
 def test_a_stage_s_reference_has_the_adapters_inside(tmp_path):
@@ -196,7 +217,8 @@ def test_a_stage_s_reference_has_the_adapters_inside(tmp_path):
         if not begins:
             with torch.no_grad():
                 model.layers[0].mlp.up_proj.lora_B.zero_()  # the policy has moved on
-        reference = checkpoint.stage_reference(tmp_path / "stage.pt", model, begins)
+        stage = train.parse_stages(("length:1",))[0]
+        reference = train.frozen_copy_of_stage(tmp_path, model, stage, begins)
         with reference.adapters_off():
             torch.testing.assert_close(reference(x), now, rtol=0, atol=1e-4)
         assert not any(p.requires_grad for p in reference.parameters())
@@ -205,29 +227,29 @@ def test_a_stage_s_reference_has_the_adapters_inside(tmp_path):
 def test_the_evaluation_counts_missing_and_over_budget_summaries_as_nothing():
     model, tokenizer = load(TINY)
     posts = load_posts("tiny", "val")[:6]
-    c = evaluation.Config(budgets="0.1,0.3,1.0", max_new_tokens=40)
-    r = evaluation.evaluate_squish(model, tokenizer, posts, c, [(model, tokenizer)])
+    c = config(budgets="0.1,0.3,1.0", max_new_tokens=40)
+    r = evaluation.evaluate(model, tokenizer, posts, c, [(model, tokenizer)])
     for b in (0.1, 0.3, 1.0):
         rows = [row for row in r["summaries"] if row["budget"] == b]
         assert len(rows) == 6 == r["n"]
         for row, post in zip(rows, posts):
             expected = squish(model, tokenizer, post.document, [row["summary"]], b)[0]
-            assert row["squish"] == pytest.approx(expected, abs=1e-6)
+            assert row["reward/squish"] == pytest.approx(expected, abs=1e-6)
             assert row["over"] == (len(row["summary"]) > b * len(post.document)) and row["missing"] == (
                 not row["summary"])
             assert row["used"] == pytest.approx(len(row["summary"]) / int(b * len(post.document)), rel=0.03)
-        assert r[f"squish@{b}"] == pytest.approx(np.mean([row["squish"] for row in rows]))
+        assert r[f"reward/squish@{b}"] == pytest.approx(np.mean([row["reward/squish"] for row in rows]))
         assert r[f"over@{b}"] == np.mean([row["over"] for row in rows])
-    assert r["over@0.1"] > r["over@1.0"] and r["squish@1.0"] > 0
+    assert r["over@0.1"] > r["over@1.0"] and r["reward/squish@1.0"] > 0
 
 
 def test_a_closed_tag_with_nothing_before_it_is_a_missing_summary(monkeypatch):
     model, tokenizer = load(TINY)
     posts = load_posts("tiny", "val")[:4]
     texts = [" \n</summary>", "A cat.", posts[2].document[:30] + "</summary>", posts[3].document + "</summary>"]
-    monkeypatch.setattr(evaluation, "write", lambda *_, **__: [
-        SimpleNamespace(texts=[text], lengths=torch.tensor([9])) for text in texts])
-    r = evaluation.evaluate_squish(model, tokenizer, posts, evaluation.Config(budgets="0.2"), [(model, tokenizer)])
+    monkeypatch.setattr(evaluation, "complete", lambda *_, **__: [
+        SimpleNamespace(texts=[text], lengths=torch.tensor([9]), stopped=torch.tensor([True])) for text in texts])
+    r = evaluation.evaluate(model, tokenizer, posts, config(budgets="0.2"), [(model, tokenizer)])
     assert [row["missing"] for row in r["summaries"]] == [True, True, False, False]
     assert [row["over"] for row in r["summaries"]] == [False, False, False, True]
     assert (r["missing@0.2"], r["over@0.2"]) == (0.5, 0.25)
@@ -270,10 +292,11 @@ def test_documents_are_cut_before_anybody_sees_them(cwd):
     (cwd / "long.jsonl").write_text("".join(json.dumps({"text": f"{i}. a long story " * 200, "id": i}) + "\n"
                                             for i in range(20)), encoding="utf-8")
     c = config(data="long.jsonl", max_document=50)
-    model, tokenizer, posts, held_out, _ = train.prepare(c, train.parse_stages(c.stages))
+    model, tokenizer = train.load_policy(c)
+    posts, held_out, _ = train.choose_posts(c, train.parse_stages(c.stages), model, tokenizer)
     for post in posts + held_out:
         assert 45 <= len(encode(tokenizer, post.document).ids) <= 50 and not post.reference
-    task = train.task_of(tokenizer, posts[0], c, 0.4)
+    task = make_task(tokenizer, posts[0], c, 0.4)
     assert posts[0].document in tokenizer.decode(task.prompt)
 
 
@@ -458,7 +481,7 @@ def test_a_local_model_s_samples_differ_and_its_budgets_are_kept_apart(cwd):
 
 def test_the_benchmark_measures_cut_documents_and_asks_as_it_is_told(cwd):
     model, tokenizer = load(TINY)
-    texts = [cut(tokenizer, p.document, 40) for p in load_posts("tiny", "test")[:4]]
+    texts = [shorten(tokenizer, p.document, 40) for p in load_posts("tiny", "test")[:4]]
     rows = {r["model"]: r for r in bench("--models", "tiny", "--max-document", "40", "--budgets", "0.3,0.5")}
     firsts = [text[:int(0.5 * len(text))] for text in texts]
     expected = np.mean([squish(model, tokenizer, text, [first], 0.5)[0] for text, first in zip(texts, firsts)])
@@ -493,7 +516,7 @@ def test_a_baseline_of_tokens_is_cut_in_tokens():
     _, tokenizer = load(TINY)
     posts = [Post("A cat sat on a mat, and a dog sat on a log.", "A cat and a dog sat.", "1"),
              Post("Tom won a race.", "Tom won.", "2")]
-    c = evaluation.Config(budget_unit="tokens")
+    c = config(budget_unit="tokens")
     for name in ("first", "reference", "other"):
         for text in benchmark.baseline(name, posts, 3, c, tokenizer):
             assert 0 < len(encode(tokenizer, text).ids) <= 3
@@ -505,11 +528,11 @@ def test_the_free_text_before_the_summary_is_not_scored():
     model, tokenizer = load(TINY)
     post = load_posts("tiny", "val")[0]
     c = config(template="notes")
-    task = train.task_of(tokenizer, post, c, 0.4)
+    task = make_task(tokenizer, post, c, 0.4)
     text = f" It is about a goat, and that is long to say. {post.document} <summary>{post.reference[:60]}</summary>"
     group = SimpleNamespace(texts=[text, text.replace("<summary>", ""), "", text], mask=torch.ones(4, 3).bool(),
                             lengths=torch.tensor([3, 3, 0, 3]))
-    line = train.score([group], [task], rewards.parse("squish"), c, [(model, tokenizer)], tokenizer)
+    line = score([group], [task], rewards.parse("squish"), c, tokenizer, [(model, tokenizer)])
     expected = squish(model, tokenizer, post.document, [post.reference[:60].strip()], 0.4)[0]
-    assert group.rewards.tolist() == pytest.approx([expected, 0, 0, expected], abs=1e-6) and expected > 0
+    assert group.rewards == pytest.approx([expected, 0, 0, expected], abs=1e-6) and expected > 0
     assert (line["missing"], line["over"]) == (0.5, 0.0)
