@@ -2,6 +2,10 @@
 
 A stage is a reward and a number of steps, "length:80"; stages follow each other. What cannot work is refused by `check`
 and by the parsers here, before anything is loaded.
+
+To a new model one brings five numbers: --lr (2e-6 at 0.5B, where the embedded model of a million parameters takes
+6e-4), --target, --prompts and --group (together as many completions as memory and patience allow), and --beta. The
+others may stay as they are. docs/real-models.md says what each costs in memory.
 """
 
 import math
@@ -13,7 +17,7 @@ from squish import UNITS
 
 
 def flag(default, help: str, choices: tuple = (), group: str = "the run"):
-    """A dataclass field that documents itself."""
+    """A dataclass field that documents itself: `help` is what --help prints, `group` the heading above it."""
     return field(default=default, metadata={"help": help, "choices": choices or None, "group": group})
 
 
@@ -24,9 +28,13 @@ def of_update(default, help: str, choices: tuple = ()):
 
 @dataclass
 class Config:
-    """What a run is; the defaults are those of the embedded model."""
+    """What a run is; the defaults are those of the embedded model.
 
-    # What is learnt from what
+    Everything that takes a config takes any object with the fields that it reads: a test may hand in a few of them.
+    """
+
+    # --- what is learnt, and from which posts ---
+    # A model is a Hugging Face folder; posts are JSON lines with a document and, for most rewards, somebody's summary.
     model: str = flag("tiny", "a Hugging Face folder, a hub name, or tiny")
     data: str = flag("tiny", "posts to train on: tiny, a folder with train.jsonl, a .jsonl or .jsonl.gz file, or a "
                              "hub data set such as mlabonne/smoltldr")
@@ -37,7 +45,9 @@ class Config:
     stage_ref: str = flag("start", "the model that the KL holds to: the run's first, or the last of the previous stage",
                           choices=("start", "previous"))
     run: str = flag("", "name of the run's folder in runs/; empty: the first free of MODEL-1, MODEL-2, ...")
-    # The task
+    # --- the task ---
+    # B x G completions are one batch. More completions of a post (G) make its mean a better baseline, and cost less
+    # than more posts, for they share its prompt. More posts (B) make a step speak for more of them.
     target: int = flag(30, "wanted length of a summary, in tokens of the model")
     prompts: int = flag(4, "posts in a batch (B)")
     group: int = flag(8, "completions of each post (G)")
@@ -51,7 +61,9 @@ class Config:
     missing: str = flag("worst", "a completion without a summary between its tags shares its group's worst reward, or "
                                  "gets less than it", choices=("worst", "penalty"))
     max_document: int = flag(0, "cut documents to this many tokens; 0: refuse what does not fit")
-    # What is trained, and how
+    # --- what is trained, and how far it moves in a step ---
+    # The learning rate matters most. Too high: the KL and the gradient's norm run away. Too low: nothing happens. It
+    # rises over the first steps, in which AdamW knows little about the gradient's size.
     lora: int = flag(0, "rank of the adapters that are trained in place of the weights; 0: train the weights")
     lora_alpha: float = flag(0.0, "adapters count alpha / rank times; 0: twice the rank")
     lora_targets: str = flag("", "projections that get adapters, such as q_proj,v_proj; empty: all")
@@ -61,24 +73,25 @@ class Config:
     lr_end: float = flag(0.1, "share of --lr that is left at the last step; 1 keeps it constant")
     weight_decay: float = flag(0.0, "how strongly AdamW pulls the weights to zero")
     seed: int = flag(0, "decides everything: order of posts, completions, and so the weights")
-    # What is kept and said
+    # --- what is kept and said ---
     eval_posts: int = flag(200, "held-out posts per evaluation")
     save_every: int = flag(20, "steps between checkpoints")
     print_every: int = flag(5, "steps between printed lines; each line is a mean over them")
-    # Memory and speed: no result depends on these but in the last bits (--lean: in the first few)
+    # --- memory and speed ---
+    # No result depends on these, but in the last bits (and under --lean in more of them).
     checkpointing: bool = flag(False, "recompute each layer in backward: less memory, about a third more time")
     lean: bool = flag(False, "bfloat16 weights and moments, rounded at random: half the memory (plumbing/adamw.py)")
     compile: bool = flag(False, "let torch.compile fuse each layer: a minute or more at first, and no gain on the CPUs "
                                 "where it was measured")
     device: str = flag("", "cpu, cuda or mps; empty: cuda where there is one, else cpu")
-    # The update
+    # --- the update: grpo.py explains each, README.md says which paper takes which ---
     loss: str = of_update("grpo", "policy loss: what is clipped, and what a token weighs", choices=tuple(LOSSES))
     advantage: str = of_update("group", "r - mean, divided by the group's std, by nothing, or by the batch's std",
                                choices=ADVANTAGES)
     clip_low: float = of_update(0.2, "the ratio may fall to 1 - this before its gradient stops")
     clip_high: float = of_update(0.2, "the ratio may rise to 1 + this before its gradient stops (DAPO: 0.28)")
     beta: float = of_update(0.05, "weight of the KL to the reference model; 0 needs no reference model")
-    # The paper's estimator, k3, is the default of `policy_loss`; a run takes the one whose gradient is the KL's.
+    # `policy_loss` by itself takes k3, the paper's. A run takes k3_ratio, whose gradient is that of the KL.
     kl: str = of_update("k3_ratio", "KL estimator in the loss; k2 and k3_ratio have the right gradient", choices=KLS)
     updates: int = of_update(1, "optimizer steps on each batch of completions (mu in the paper)")
     temperature: float = of_update(1.0, "of the sampler, and therefore of the loss")
@@ -131,7 +144,11 @@ def parse_budgets(text: str) -> list[float | int]:
 
 
 def check(c: Config) -> None:
-    """Refuse, with a sentence, what cannot work whatever the model and the posts are."""
+    """Refuse, with a sentence, what cannot work whatever the model and the posts are.
+
+    What depends on them (a prompt that does not fit, a template that the tokenizer cannot write) is refused where they
+    are read, before the first step.
+    """
     for wrong, says in (
         (c.group < 2, f"--group {c.group}: GRPO compares completions of one post with each other, so it needs "
                       f"at least 2"),

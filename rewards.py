@@ -12,13 +12,13 @@ No tensors and no tokenizer: whoever sampled the tokens counts them, and hands o
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from metrics import bleu, meteor, ngrams, rouge_l, words_13a
+from plumbing.expression import read_sum
 from plumbing.server import embed
 
 # ------------------------------------------------------------------------------------------------------------- length
@@ -243,10 +243,6 @@ def values_of(name: str, group: Sequence[Summary]) -> list[float]:
     return values
 
 
-_NUMBER = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
-_PIECE = re.compile(_NUMBER.pattern + r"|[A-Za-z_][A-Za-z0-9_]*|\S")
-
-
 def parse(expression: str) -> Reward:
     """Read a sum of rewards:  expression = term (("+" | "-") term)*,  term = [number "*"] name.  Spaces are free.
 
@@ -260,38 +256,4 @@ def parse(expression: str) -> Reward:
     Traceback (most recent call last):
     ValueError: reward expression 'length + lenght': unknown name 'lenght'; choose among length, rouge_l...
     """
-
-    def refuse(wrong: str, mend: str) -> NoReturn:
-        raise ValueError(f"reward expression {expression!r}: {wrong}; {mend}.")
-
-    known = REWARDS | GROUP_REWARDS
-    terms = [("+", [])]
-    for piece in _PIECE.findall(expression):
-        if piece in ("+", "-"):
-            terms.append((piece, []))
-        else:
-            terms[-1][1].append(piece)
-
-    weights = {}
-    for sign, term in terms:
-        match term:
-            case [name]:
-                number = "1"
-            case [number, "*", name]:
-                pass
-            case []:
-                if len(terms) == 1:
-                    refuse("it is empty", f"name at least one of {', '.join(known)}")
-                refuse("a '+' or '-' lacks a term on one side", "put a term on both, as in 'length - 0.1*rouge_l'")
-            case [first, second] if "*" not in term:
-                refuse(f"nothing joins {first!r} and {second!r}", "put '*' after a weight, '+' or '-' between rewards")
-            case _:
-                refuse(f"cannot read the term {' '.join(term)!r}", "write it as name or number*name, like 0.5*rouge_l")
-        if not _NUMBER.fullmatch(number) or not math.isfinite(float(number)):
-            refuse(f"{number!r} is not a finite number", "write a weight such as 0.5 before the '*' (rewards only add)")
-        if name not in known:
-            refuse(f"unknown name {name!r}", f"choose among {', '.join(known)}")
-        if name in weights:
-            refuse(f"{name!r} appears twice", "keep one term and give it the sum of the weights")
-        weights[name] = float(sign + number)
-    return Reward(tuple(weights.items()))
+    return Reward(read_sum(expression, [*REWARDS, *GROUP_REWARDS]))

@@ -50,11 +50,18 @@ from task import (
 
 
 def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
-    """Load everything, rehearse the largest step, run the stages, and keep what was learnt in `folder`."""
+    """Load everything, rehearse the largest step, run the stages, and keep what was learnt in `folder`.
+
+    Three models have a part in it, two of which never move. The policy writes and learns. The reference model is the
+    policy as it was: the KL in the loss holds the policy to it, so that it does not forget how to write. The scorers
+    measure SQUISH, where a stage is paid by it. Under LoRA all three are one set of weights.
+    """
     begun = time.time()
     stages = parse_stages(config.stages)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     free = memory.limit(device)
+    # From here on, what cannot work is refused before the first step: posts that are missing or too long, a model that
+    # does not fit. A run that fails after an hour is the worst kind of error message.
     model, tokenizer = load_policy(config)
     posts, held_out, longest = choose_posts(config, stages, model, tokenizer)
     ref_model, scorers = frozen_models(config, stages, model, tokenizer)
@@ -68,6 +75,7 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     log.begin(model, posts, held_out)
 
     def held_out_summaries() -> dict:
+        # Greedy summaries of posts that the policy never learns from, scored by the last stage's reward.
         return evaluate(model, tokenizer, held_out, config, scorers)
 
     for stage in stages:
@@ -75,6 +83,7 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
             continue  # done before the run was resumed
         if step == stage.first:
             log.evaluation(step, stage.number - 1, held_out_summaries, held_out)
+        # The KL is to the model that the run began with, or to the one that this stage began with.
         if config.stage_ref == "previous" and ref_model is not None and stage.number > 1:
             ref_model = frozen_copy_of_stage(folder, model, stage, begins=step == stage.first)
         step = run_stage(config, folder, stage, step, model=model, ref_model=ref_model, tokenizer=tokenizer,
@@ -101,13 +110,15 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
         for parameters in optimizer.param_groups:
             parameters["lr"] = learning_rate(step, total, config)
 
-        # 1. B posts, each with a prompt that asks for a summary of a certain size.
+        # 1. B posts, each with a prompt that asks for a summary of a certain size. Every epoch has an order of its own.
         tasks = tasks_of(posts, step, config, tokenizer)
-        # 2. The policy writes G summaries of each. The same temperature divides the logits here and in the loss.
+        # 2. The policy writes G summaries of each. The same temperature divides the logits here and in the loss: else
+        #    the policy that is trained would not be the one that wrote.
         groups = sample(model, [task.prompt for task in tasks], G=config.group, max_new_tokens=config.max_new_tokens,
                         temperature=config.temperature, seed=config.seed * 1_000_003 + step, tokenizer=tokenizer,
                         stop_text=CLOSE if has_tag(config.template) else "")
-        # 3. Each summary gets a number. Any function will do: no gradient goes through it.
+        # 3. Each summary gets a number. Any function of the text will do, for no gradient goes through it: the loss
+        #    asks only how much better than its own group a summary was.
         line = score(groups, tasks, stage.reward, config, tokenizer, scorers)
         # 4. Summaries that did better than their own group become likelier, the others less likely: not too far from
         #    the policy that wrote them (the clip), nor from the reference model (the KL).
@@ -116,6 +127,7 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
         except FloatingPointError as e:
             raise last_good_weights(e, folder, model, tokenizer, optimizer, log.last + 1) from e
 
+        # 5. Say what happened, and now and then write down all that is needed to go on from here.
         step += 1
         line["n_tokens"] = sum(int(group.mask.sum()) for group in groups)
         log.step(step, stage, line, time.time() - clock)
@@ -127,7 +139,10 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
 
 
 def learning_rate(step: int, total: int, config: Config) -> float:
-    """Up from 0 over the warm-up, then down in a straight line to `lr_end` times --lr: late steps only polish."""
+    """Up from 0 over the warm-up, then down in a straight line to `lr_end` times --lr: late steps only polish.
+
+    A pure function of the step: a resumed run needs no scheduler's state.
+    """
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup)) * (1 - (1 - config.lr_end) * step / total)
 
 
@@ -145,7 +160,10 @@ def last_good_weights(e: FloatingPointError, folder: Path, model, tokenizer, opt
 
 
 def load_policy(config: Config):
-    """-> (model, tokenizer): the policy, with adapters where --lora asks for them."""
+    """-> (model, tokenizer): the policy, with adapters where --lora asks for them.
+
+    Adapters begin as zero, so the first step begins at the base model either way.
+    """
     model, tokenizer = load_with_tokenizer(config.model, config)
     if config.lora:
         targets = [name for name in config.lora_targets.split(",") if name]
@@ -238,7 +256,7 @@ def frozen_copy_of_stage(folder: Path, model, stage: Stage, begins: bool):
 
 
 def make_fast_or_small(config: Config, model, ref_model) -> None:
-    """--compile, or the memory that --checkpointing is for."""
+    """--compile, or a heap that gives back what is free. Neither changes a result."""
     if config.compile:
         for layer in {*model.layers, *(ref_model.layers if ref_model else ())}:
             layer.compile(dynamic=True)
@@ -247,7 +265,11 @@ def make_fast_or_small(config: Config, model, ref_model) -> None:
 
 
 def make_optimizer(config: Config, model) -> torch.optim.Optimizer:
-    """AdamW over what is trained. Adapters are float32 even under --lean, so torch's own serves them."""
+    """AdamW over what is trained: all weights, or under LoRA the adapters.
+
+    --lean keeps weights and moments in bfloat16 and needs an AdamW that rounds at random, or small updates would be
+    lost (plumbing/adamw.py). Adapters are float32 even then, so torch's own serves them.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     if config.lean and not config.lora:
         return AdamW(trained, config.lr, weight_decay=config.weight_decay, seed=config.seed)
@@ -256,6 +278,7 @@ def make_optimizer(config: Config, model) -> torch.optim.Optimizer:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command -> its exit code. What a user can mend is one sentence on the screen and not a traceback."""
     config, resume, given = read_arguments(Config, argv, __doc__)
     sys.stdout.reconfigure(errors="replace")  # a console that cannot show an emoji should not end the run
     try:
