@@ -3,7 +3,11 @@
     python eval.py tiny runs/tiny-1            # any mix of model folders and runs, one row each
 
 The training loop calls `evaluate` before, between and after its stages, on validation posts; this command takes the
-test posts. Greedy means the likeliest token at each step: no chance, so two models can be compared on few posts.
+test posts. Greedy means the likeliest token at each step. There is no chance in it, so two models can be compared on
+few posts; but it is not what GRPO trains, which is the mean over what the policy samples. Greedy summaries are usually
+the better ones.
+
+Read the summaries too (--show 5). A number says how much changed, and never what.
 """
 
 import argparse
@@ -33,7 +37,8 @@ from task import (
     score,
 )
 
-METRICS = {"rouge_l": rouge_l, "meteor": meteor, "bleu": bleu}  # of a summary and its reference
+# --- your experiment starts here: a metric compares a summary with its reference, higher meaning better ---
+METRICS = {"rouge_l": rouge_l, "meteor": meteor, "bleu": bleu}
 # The command's table: key of the result, title, width, format.
 COLUMNS = (("n", "n", 5, "{}"), ("length", "length", 6, "{:.1f}"), ("length_std", "±", 5, "{:.1f}"),
            ("within_2", "±2", 6, "{:.1%}"), ("within_10pct", "±10%", 6, "{:.1%}"), ("rouge_l", "ROUGE-L", 8, "{:.3f}"),
@@ -44,8 +49,11 @@ COLUMNS = (("n", "n", 5, "{}"), ("length", "length", 6, "{:.1f}"), ("length_std"
 
 def complete(model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int, stop_text: str = "",
              batch: int = 64, temperature: float = 0.0, seed: int = 0) -> list[Group]:
-    """One completion of each prompt, in the prompts' order; greedy unless there is a temperature."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
+    """One completion of each prompt, in the prompts' order; greedy unless there is a temperature.
+
+    `batch` prompts go through the model together, those of like length, so that little is padded. It changes no result.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     groups: dict[int, Group] = {}
     for at in range(0, len(order), batch):
         some = order[at:at + batch]
@@ -68,6 +76,7 @@ def evaluate(model, tokenizer, posts: Sequence[Post], config, scorers: Sequence 
     config = replace(config, template=config.template or choose_template(model, tokenizer, reward_names(stages)))
     results, rows = {}, []
     for budget in budgets_of(config):
+        # A group of one for each post. The reward is the run's own; only what compares a group's members is not asked.
         tasks = [make_task(tokenizer, post, config, budget) for post in posts]
         groups = complete(model, tokenizer, [task.prompt for task in tasks],
                           completion_limit(tokenizer, posts, config),
@@ -78,6 +87,7 @@ def evaluate(model, tokenizer, posts: Sequence[Post], config, scorers: Sequence 
         found = [row_of(group, task, config, tokenizer) for group, task in zip(groups, tasks)]
         results[budget] = means | summarise(found, posts)
         rows += found
+    # One budget or none: its numbers. Several: their mean under the plain name, and each one's own beside it.
     result = {"n": len(posts)}
     for name in next(iter(results.values())):
         result[name] = fmean(means[name] for means in results.values())
@@ -87,7 +97,10 @@ def evaluate(model, tokenizer, posts: Sequence[Post], config, scorers: Sequence 
 
 
 def row_of(group: Group, task, config, tokenizer) -> dict:
-    """What is kept of one greedy summary; `group` has been scored."""
+    """What is kept of one greedy summary; `group` has been scored.
+
+    The metrics are computed whatever the reward was: a run that is paid by one of them is judged by the others.
+    """
     summary = read_answer(group.texts[0], config.template) or ""
     row = {"id": task.post.id, "summary": summary, "length": content_lengths(group)[0], "reward": group.rewards[0],
            **{f"reward/{name}": values[0] for name, values in group.parts.items()}}
@@ -103,7 +116,10 @@ def row_of(group: Group, task, config, tokenizer) -> dict:
 
 
 def summarise(rows: Sequence[dict], posts: Sequence[Post]) -> dict[str, float]:
-    """Means over one summary of each post: the metrics, and what shows stock phrases, stammering and copying."""
+    """Means over one summary of each post: the metrics, and what shows stock phrases, stammering and copying.
+
+    Posts without a reference of their own count in all but rouge_l, meteor and bleu.
+    """
     texts = [row["summary"] for row in rows]
     compared = [row for row in rows if "rouge_l" in row]  # posts that have a reference
     means = {name: fmean(row[name] for row in compared) for name in METRICS if compared}
@@ -130,7 +146,10 @@ def find_model(name: str) -> tuple[str | Path, dict]:
 
 
 def config_of(run: dict, args: argparse.Namespace) -> Config:
-    """The run's own settings, where the command line does not say otherwise."""
+    """The run's own settings, where the command line does not say otherwise.
+
+    So a run is measured on the task that it was trained for. A plain model gets the defaults.
+    """
     own = {f.name: run[f.name] for f in fields(Config) if f.name in run}
     config = replace(Config(**own), stages=tuple(own.get("stages", Config.stages)))
     if args.target:  # another target needs another cut: a summary cut at the target would count as on target
@@ -140,7 +159,7 @@ def config_of(run: dict, args: argparse.Namespace) -> Config:
 
 
 def posts_of(config: Config, args: argparse.Namespace) -> list[Post]:
-    """Test posts: those that are asked for, or the run's own."""
+    """Test posts: those that are asked for, or the run's own. Never a post that the run has learnt from."""
     data = args.data or config.eval_data or config.data
     if args.data or config.eval_data or has_splits(data):
         return load_posts(data, args.split, max_posts=args.n or config.max_posts, min_chars=config.min_chars)
@@ -155,6 +174,7 @@ def scorers_of(config: Config) -> list:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command -> its exit code: a table with a row for each model; what a user can mend is one sentence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("models", nargs="+", metavar="RUN_OR_MODEL", help="a run, a model folder, or 'tiny'")
@@ -175,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.models:
             folder, run = find_model(name)
             config = config_of(run, args)
-            model, tokenizer = load(folder)
+            model, tokenizer = load(folder)  # in float32, whatever the folder holds
             if tokenizer is None:
                 raise ValueError(f"{folder} has no tokenizer.json, so its tokens cannot be read.")
             posts = posts_of(config, args)
