@@ -75,9 +75,8 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
     B, device = len(prompts), model.embed_tokens.weight.device
     stop = torch.tensor(sorted(model.config.eos_token_ids if stop_ids is None else stop_ids), device=device)
     noise = torch.from_numpy(_noise(prompts, G, max_new_tokens, seed))  # [N, max_new_tokens] float64
-    if device.type == "mps":  # has no float64, and rounding to float32 may reach 1
-        noise = noise.float().clamp(max=1 - 1e-6)
-    noise = noise.to(device)
+    if device.type != "mps":  # it has no float64: there `draw` adds up on the CPU
+        noise = noise.to(device)
     padded, mask = pad(prompts)  # [B, P], [B, P]
     padded, mask = padded.to(device), mask.to(device)
     equal = bool(mask.all())  # then nobody needs a mask
@@ -97,7 +96,8 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
     alive = torch.ones(B, G, dtype=torch.bool, device=device)  # rows that still write; the others only fill the batch
     with torch.inference_mode(), model.packed(B * G, max_new_tokens):  # no bookkeeping for gradients at all
         for t in range(max_new_tokens):
-            token, token_logp = draw(logits, noise[rows, t], temperature, top_k, top_p)  # [rows], [rows]
+            number = noise[rows.to(noise.device), t]  # [rows]
+            token, token_logp = draw(logits, number, temperature, top_k, top_p)  # [rows], [rows]
             live = alive.flatten()
             tokens[rows, t] = torch.where(live, token, tokens[rows, t])
             logp[rows, t] = torch.where(live, token_logp, logp[rows, t])
@@ -170,11 +170,12 @@ def draw(logits: Tensor, noise: Tensor, temperature: float, top_k: int, top_p: f
         outside = p.cumsum(-1) - p >= top_p  # the mass before a token already suffices; the first one always stays
         logits = logits.masked_fill(outside.scatter(-1, where, outside), -torch.inf)
     top = logits.amax(-1, keepdim=True)  # [N, 1]
-    # float64 (noise has it, except on Apple's GPU): a float32 running sum over 150,000 words loses the rare ones
-    cdf = (logits - top).exp_().cumsum(-1, dtype=noise.dtype)  # [N, V], not divided by its last value:
+    # In float64, where the noise is: a float32 running sum over 150,000 words loses the rare ones.
+    cdf = (logits - top).exp_().to(noise.device).cumsum(-1, dtype=noise.dtype)  # [N, V], not divided by its last value:
     whole = cdf[:, -1:]  # [N, 1], the softmax's denominator
     token = torch.searchsorted(cdf, noise[:, None] * whole, right=True).clamp(max=cdf.shape[-1] - 1)  # [N, 1]
-    return token.squeeze(-1), (logits.gather(-1, token) - top - whole.log().float()).squeeze(-1)
+    token, log_whole = token.to(logits.device), whole.log().float().to(logits.device)  # [N, 1] each
+    return token.squeeze(-1), (logits.gather(-1, token) - top - log_whole).squeeze(-1)
 
 
 def _noise(prompts: Sequence[Tensor], G: int, T: int, seed: int) -> np.ndarray:

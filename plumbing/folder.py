@@ -193,7 +193,8 @@ def read_weights(folder: Path, config: Config, want: dict[str, torch.Size], devi
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing: the folder's weights are not complete.")
         try:
-            with safe_open(file, framework="pt", device=str(device)) as f:
+            # safetensors before 0.8 takes "mps" for a device, and "mps:0" for none.
+            with safe_open(file, framework="pt", device="mps" if str(device).startswith("mps") else str(device)) as f:
                 for key in f.keys():
                     name = key.removeprefix("model.")
                     if name.endswith("rotary_emb.inv_freq"):  # old files store this table; it is recomputed

@@ -86,6 +86,8 @@ def peak(device: str) -> float | None:
     """The most that the process has held so far, in GiB: of the GPU's memory where it works on one. None: not known."""
     if device.startswith("cuda"):  # or cuda:1
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    if device.startswith("mps"):  # what its driver holds now: the most that it held is not counted
+        return torch.mps.driver_allocated_memory() / 2 ** 30
     if resource is None:
         return None
     status = Path("/proc/self/status")

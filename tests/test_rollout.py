@@ -601,6 +601,7 @@ def test_a_prompt_of_another_vocabulary_is_refused(token):
     assert str(token) in refusal(ValueError, sample, policy(), [[1, token]], 2, 4)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN")
 def test_long_completions_are_sampled_with_packed_weights(monkeypatch):
     """Inside the loop, and not before or after it; the same tokens as without."""
     model, seen = tiny_model("qwen2", vocab_size=9000), []
