@@ -26,13 +26,13 @@ import grpo
 import rewards
 from config import Config, Stage, budgets_of, check, open_run, parse_stages, read_arguments
 from eval import ask, content_lengths, opened, room_for, within
-from model import add_lora, load, save, save_adapters
+from model import Cache, add_lora, load, pad, save, save_adapters
 from plumbing import memory
 from plumbing.adamw import AdamW
 from plumbing.checkpoint import load_checkpoint, save_checkpoint, stage_reference
 from plumbing.log import PENALTIES, Log
 from plumbing.posts import TINY, Post, load_split
-from rollout import sample
+from rollout import Group, sample
 from squish import CLOSE, cost, cut, ensemble, extract, fits, penalise
 from task import choose_template, tokenize
 
@@ -42,7 +42,7 @@ def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:
     begun = time.time()
     stages = parse_stages(config.stages)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    free = memory.limit(device)
+    free = memory.cap_memory(device)
     model, tokenizer, posts, held_out, longest = prepare(config, stages)
     reference, judges = references(config, model, tokenizer)
     if config.compile:
@@ -50,7 +50,7 @@ def train(config: Config, folder: Path, resume: bool, stop: "Stop") -> None:
             layer.compile(dynamic=True)
     elif config.checkpointing:
         memory.tidy(model)  # not when compiled: torch.compile cannot look into what it calls
-    memory.rehearse(model, reference, longest, config, free)
+    rehearse_largest_step(model, reference, longest, config, free)
     optimizer = make_optimizer(config, model)
     step = load_checkpoint(folder, model, optimizer) if resume else 0
     log = Log(folder, config, stages, step)
@@ -147,6 +147,35 @@ def prepare(config: Config, stages: list[Stage]):
         raise ValueError(f"{config.data} has no summaries for {', '.join(compared)} to compare with: call their field "
                          f"'summary', or train with --stages length:N or squish:N.")
     return model, tokenizer, posts, held_out[:config.eval_posts], longest
+
+
+def rehearse_largest_step(model, ref_model, longest: list[list[int]], config: Config, free: int) -> None:
+    """Do the run's largest step once and throw it away: what does not fit is refused now, and not after an hour.
+
+    `longest`: the prompts of the largest batch that may come, B x [P_b] token ids. `free`: bytes that may be taken. No
+    weight and no random number is changed. Raises memory.Full.
+    """
+    device, B, G, T = next(model.parameters()).device, len(longest), config.group, config.max_new_tokens
+    prompts = [torch.tensor(prompt, device=device) for prompt in longest]  # B x [P_b]
+    tokens = torch.ones(G, T, dtype=torch.long, device=device)  # [G, T]
+    groups = [Group(prompt=prompt, tokens=tokens, mask=tokens.bool(), logp=tokens.float(),
+                    stopped=tokens[:, 0].bool(), texts=[]) for prompt in prompts]
+
+    @torch.no_grad()
+    def prefill():  # sampling begins with all prompts at once, beside its own copies of the weights
+        padded, mask = pad(prompts)  # [B, P], [B, P]
+        with model.packed(B * G, T):
+            model.hidden(padded, Cache(), mask)
+
+    def learn(micro_tokens):
+        batch = grpo.micro_batches(groups, torch.zeros(B, G, device=device), micro_tokens)[0]  # the largest
+        if ref_model is not None:
+            with torch.no_grad(), ref_model.adapters_off():
+                grpo.group_logprobs(ref_model, batch.prompts, batch.tokens, batch.mask)
+        grpo.group_logprobs(model, batch.prompts, batch.tokens, batch.mask)[0].sum().backward()
+
+    memory.rehearse(model, prefill, learn, prompts=B, prompt_tokens=max(map(len, longest)), new_tokens=T,
+                    micro_tokens=config.micro_tokens, checkpointing=config.checkpointing, free=free)
 
 
 def weight_type(config: Config) -> torch.dtype:
