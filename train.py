@@ -149,14 +149,15 @@ def prepare(config: Config, stages: list[Stage]):
     return model, tokenizer, posts, held_out[:config.eval_posts], longest
 
 
-def rehearse_largest_step(model, ref_model, longest: list[list[int]], config: Config, free: int) -> None:
+def rehearse_largest_step(model, ref_model, longest_prompts: list[list[int]], config: Config, free: int) -> None:
     """Do the run's largest step once and throw it away: what does not fit is refused now, and not after an hour.
 
-    `longest`: the prompts of the largest batch that may come, B x [P_b] token ids. `free`: bytes that may be taken. No
-    weight and no random number is changed. Raises memory.Full.
+    `longest_prompts`: those of the largest batch that may come, B x [P_b] token ids. `free`: bytes that may be taken.
+    No weight and no random number is changed. Raises memory.Full.
     """
-    device, B, G, T = next(model.parameters()).device, len(longest), config.group, config.max_new_tokens
-    prompts = [torch.tensor(prompt, device=device) for prompt in longest]  # B x [P_b]
+    device = next(model.parameters()).device
+    B, G, T = len(longest_prompts), config.group, config.max_new_tokens
+    prompts = [torch.tensor(prompt, device=device) for prompt in longest_prompts]  # B x [P_b]
     tokens = torch.ones(G, T, dtype=torch.long, device=device)  # [G, T]
     groups = [Group(prompt=prompt, tokens=tokens, mask=tokens.bool(), logp=tokens.float(),
                     stopped=tokens[:, 0].bool(), texts=[]) for prompt in prompts]
@@ -174,8 +175,8 @@ def rehearse_largest_step(model, ref_model, longest: list[list[int]], config: Co
                 grpo.group_logprobs(ref_model, batch.prompts, batch.tokens, batch.mask)
         grpo.group_logprobs(model, batch.prompts, batch.tokens, batch.mask)[0].sum().backward()
 
-    memory.rehearse(model, prefill, learn, prompts=B, prompt_tokens=max(map(len, longest)), new_tokens=T,
-                    micro_tokens=config.micro_tokens, checkpointing=config.checkpointing, free=free)
+    memory.rehearse(model, sample=prefill, learn=learn, prompts=B, prompt_tokens=max(map(len, longest_prompts)),
+                    new_tokens=T, micro_tokens=config.micro_tokens, checkpointing=config.checkpointing, free=free)
 
 
 def weight_type(config: Config) -> torch.dtype:

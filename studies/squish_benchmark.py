@@ -32,8 +32,8 @@ from eval import Config, ask, find_model, opened, parse_budgets, room_for, write
 from model import load
 from plumbing.folder import find_folder, write_file, write_text
 from plumbing.posts import Post, load_posts
+from plumbing.significance import interval
 from squish import CLOSE, TEMPLATE, UNITS, allowance, cut, extract, fits, size, squish
-from studies.rewards_grid import interval
 from task import REQUEST, TEMPLATES, fill
 
 PROMPT_VERSION = hashlib.sha256((REQUEST + TEMPLATES["tagged"] + TEMPLATES["notes"]).encode()).hexdigest()[:8]

@@ -77,6 +77,7 @@ def test_the_default_learns_for_two_steps(flags, tmp_path):
     assert max(row["logp_gap"] for row in rows) < (0.3 if "--lean" in flags else 1e-4)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere psutil asks no /proc")
 def test_memory_of_which_nothing_is_known_is_not_limited(tmp_path):
     asked = "from plumbing import memory; print(memory.available(), memory.cap_memory('cpu'), memory.peak('cpu'))"
     assert python(asked, cwd=tmp_path) == "None 0 None\n"
