@@ -22,9 +22,9 @@ import torch
 
 from config import Config, Stage, check, parse_stages, reward_names
 from eval import evaluate
-from grpo import update
+from grpo import group_logprobs, micro_batches, update
 from lora import add_lora, merge_lora, save_adapters
-from model import load, save
+from model import Cache, load, pad, save
 from plumbing import memory
 from plumbing.adamw import AdamW
 from plumbing.checkpoint import load_checkpoint, save_checkpoint, stage_copy
@@ -33,7 +33,7 @@ from plumbing.curves import draw_curves
 from plumbing.log import Log
 from plumbing.posts import TINY, Post, load_split
 from rewards import NEED_MODEL, NEED_REFERENCE
-from rollout import sample
+from rollout import Group, sample
 from squish import shorten
 from task import (
     CLOSE,
@@ -59,14 +59,14 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     begun = time.time()
     stages = parse_stages(config.stages)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    free = memory.limit(device)
+    free = memory.cap_memory(device)
     # From here on, what cannot work is refused before the first step: posts that are missing or too long, a model that
     # does not fit. A run that fails after an hour is the worst kind of error message.
     model, tokenizer = load_policy(config)
     posts, held_out, longest = choose_posts(config, stages, model, tokenizer)
     ref_model, scorers = frozen_models(config, stages, model, tokenizer)
     make_fast_or_small(config, model, ref_model)
-    memory.rehearse(model, ref_model, longest, config, free)
+    rehearse_largest_step(model, ref_model, longest, config, free)
     optimizer = make_optimizer(config, model)
     # A run is its weights, the optimizer's moments and a step number. All else follows from the seed and the step, so a
     # resumed run repeats the uninterrupted one bit for bit.
@@ -262,6 +262,36 @@ def make_fast_or_small(config: Config, model, ref_model) -> None:
             layer.compile(dynamic=True)
     elif config.checkpointing:
         memory.tidy(model)  # not when compiled: torch.compile cannot look into what it calls
+
+
+def rehearse_largest_step(model, ref_model, longest_prompts: list[list[int]], config: Config, free: int) -> None:
+    """Do the run's largest step once and throw it away: what does not fit is refused now, and not after an hour.
+
+    `longest_prompts`: those of the largest batch that may come, B x [P_b] token ids. `free`: bytes that may be taken.
+    No weight and no random number is changed. Raises memory.Full.
+    """
+    device = next(model.parameters()).device
+    B, G, T = len(longest_prompts), config.group, config.max_new_tokens
+    prompts = [torch.tensor(prompt, device=device) for prompt in longest_prompts]  # B x [P_b]
+    tokens = torch.ones(G, T, dtype=torch.long, device=device)  # [G, T]
+    groups = [Group(prompt=prompt, tokens=tokens, mask=tokens.bool(), logp=tokens.float(),
+                    stopped=tokens[:, 0].bool(), texts=[]) for prompt in prompts]
+
+    @torch.no_grad()
+    def prefill():  # sampling begins with all prompts at once, beside its own copies of the weights
+        padded, mask = pad(prompts)  # [B, P], [B, P]
+        with model.packed(B * G, T):
+            model.hidden(padded, Cache(), mask)
+
+    def learn(micro_tokens):
+        batch = micro_batches(groups, torch.zeros(B, G, device=device), micro_tokens)[0]  # the largest
+        if ref_model is not None:
+            with torch.no_grad(), ref_model.adapters_off():
+                group_logprobs(ref_model, batch.prompts, batch.tokens, batch.mask)
+        group_logprobs(model, batch.prompts, batch.tokens, batch.mask)[0].sum().backward()
+
+    memory.rehearse(model, sample=prefill, learn=learn, prompts=B, prompt_tokens=max(map(len, longest_prompts)),
+                    new_tokens=T, micro_tokens=config.micro_tokens, checkpointing=config.checkpointing, free=free)
 
 
 def make_optimizer(config: Config, model) -> torch.optim.Optimizer:

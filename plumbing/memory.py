@@ -1,56 +1,61 @@
-"""Does it fit? The largest work that a run can ask for, done once before its first step.
+"""Does it fit? The largest step that a run can ask for is done once, before its first step.
 
-Linux kills a process that takes more memory than there is, without a word. Here it gets an exception instead, at the
-start and not after an hour, and a sentence that says which flag to turn and how far.
+Linux kills a process that takes more memory than there is, and says nothing. Here such a process gets an exception
+instead: at the start and not after an hour, with a sentence that says which flag to turn and how far.
 """
 
 import ctypes
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 
-from grpo import group_logprobs, micro_batches
-from model import Cache, pad
-from rollout import Group
-
 try:
-    import resource  # not on Windows, where asking for too much is an exception anyway
+    import resource
 except ImportError:
-    resource = None
+    resource = None  # Windows
 
 
 class Full(Exception):
-    """There is not enough memory; the message says what to turn."""
+    """There is not enough memory; the message says which flag helps."""
 
 
-def available(proc: Path = Path("/proc"), group: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that this process may still take: what the machine has left, swap included, or what its container allows.
-    None where nobody says (macOS)."""
-    if resource is None or not (proc / "meminfo").exists():
+CGROUP = Path("/sys/fs/cgroup")  # where Linux writes what a container may take and what it has taken
+LIMIT_AND_USE = (("memory.max", "memory.current"),  # cgroup v2, and v1
+                 ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+
+
+def available(cgroup: Path = CGROUP) -> int | None:
+    """Bytes that this process may still take: what the machine has left, swap included, or what its container allows,
+    whichever is less. None where the system does not say (Linux without /proc)."""
+    try:
+        free = psutil.virtual_memory().available + psutil.swap_memory().free
+    except OSError:
         return None
-    kib = dict(re.findall(r"(\w+):\s+(\d+) kB", (proc / "meminfo").read_text(encoding="utf-8")))
-    free = 1024 * (int(kib["MemAvailable"]) + int(kib.get("SwapFree", 0)))
-    most = (group / "memory.max").read_text(encoding="utf-8").strip() if (group / "memory.max").exists() else "max"
-    if most.isdigit():  # a container's own limit
-        free = min(free, int(most) - int((group / "memory.current").read_text(encoding="utf-8")))
+    for limit, use in LIMIT_AND_USE:
+        most = (cgroup / limit).read_text(encoding="utf-8").strip() if (cgroup / limit).exists() else "max"
+        if most != "max":
+            free = min(free, int(most) - int((cgroup / use).read_text(encoding="utf-8")))
     return free
 
 
-def limit(device: str) -> int:
-    """From here on, taking more than is available is an exception -> how many bytes that is, 0 where it is not known.
-    For the CPU; a GPU says by itself when it is full.
+def cap_memory(device: str) -> int:
+    """From here on, a process on the CPU that takes more than is available gets an exception, also on Linux.
+
+    Returns how many bytes are available, or 0 where no limit was set: a GPU and Windows refuse by themselves, and macOS
+    knows no such limit.
 
     RLIMIT_DATA counts private memory that may be written, touched or not. Mapped files and the stacks of libraries'
-    threads are in it or out of it by little.
+    threads make its count differ from what is in use, but by little.
     """
     free = available()
-    if device != "cpu" or free is None:
+    if device != "cpu" or free is None or sys.platform != "linux":
         return 0
-    data = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    soft = psutil.Process().memory_info().data + free
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    soft = 1024 * int(data[1]) + free
     resource.setrlimit(resource.RLIMIT_DATA, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
     return free
 
@@ -58,9 +63,10 @@ def limit(device: str) -> int:
 def tidy(model) -> None:
     """Give free memory back to the system before each layer's backward pass, where the C library is glibc.
 
-    Gradients that stay lie between large blocks that live for a moment, and glibc rarely puts aligned memory into a
-    hole again, so the heap grows from layer to layer. Blocks above 8 MiB get pages of their own, and of what is free
-    on the heap the pages go back. Fresh pages cost time, so this is for runs that lack memory.
+    A layer's backward pass takes large blocks, frees them, and leaves its gradients between them. glibc rarely puts
+    aligned memory into such a hole again, so the heap grows from layer to layer. Two settings help. Blocks above 8 MiB
+    get pages of their own, which the system has back as soon as they are free. `malloc_trim` gives back the pages of
+    the heap's holes. Fresh pages cost time, so only runs that lack memory should do this.
     """
     try:
         libc = ctypes.CDLL(None)
@@ -72,9 +78,9 @@ def tidy(model) -> None:
     first, last = model.layers[0], getattr(model, model.last_norm)
 
     def give_back(layer, args):
-        # Under checkpointing, gradients are on just before the layer is differentiated. And where a pass over more than
-        # a token begins, what sampling has held is free; where it ends, what the pass has held, and the sampler's
-        # copies of the weights are still to come.
+        # Under checkpointing, gradients are on only while a layer runs again, just before it is differentiated.
+        # Without gradients, two moments are worth the time. When a pass over several tokens begins, all that sampling
+        # held is free. When it ends, all that the pass held is free, and the sampler has not yet copied the weights.
         if torch.is_grad_enabled() or layer in (first, last) and args[0].shape[1] > 1:
             libc.malloc_trim(0)
 
@@ -83,16 +89,18 @@ def tidy(model) -> None:
 
 
 def peak(device: str) -> float | None:
-    """The most that the process has held so far, in GiB: of the GPU's memory where it works on one. None: not known."""
+    """The most memory that this process has held so far, in GiB: the GPU's, if it works on one. None: not known."""
     if device.startswith("cuda"):  # or cuda:1
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     if device.startswith("mps"):  # what its driver holds now: the most that it held is not counted
         return torch.mps.driver_allocated_memory() / 2 ** 30
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2 ** 30
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where getrusage also counts the process that started this one
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))[1]) / 2 ** 20
     if resource is None:
         return None
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count the process that started this one too
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))[1]) / 2 ** 20
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
@@ -103,16 +111,18 @@ def is_full(e: BaseException) -> bool:
         words in str(e) for words in ("not enough memory", "out of memory", "bad_alloc", "can't allocate memory"))
 
 
-def rehearse(model, reference, longest: list, config, free: int = 0) -> None:
-    """The largest step that a run can take, thrown away: nothing of the model, and no random number, is changed.
+def rehearse(model: torch.nn.Module, sample: Callable[[], None], learn: Callable[[int], None], *, prompts: int,
+             prompt_tokens: int, new_tokens: int, micro_tokens: int, checkpointing: bool, free: int = 0) -> None:
+    """Do the largest step of a run once, part by part, and throw it away. Raises Full at the first part that does not
+    fit; the message names the flag that makes the part smaller and, for the micro-batch, the size that fits.
 
-    `longest`: the prompts [P_b] of the largest batch that may come. A fifth of the `free` bytes is kept out of it: real
-    steps also hold texts and scores, and memory has holes. Raises Full: what does not fit, which flag makes it smaller,
-    and for the micro-batch, the size that does fit.
+    `sample()` runs all `prompts`, of up to `prompt_tokens` tokens. `learn(n)` learns from the largest micro-batch of up
+    to n tokens; a completion has up to `new_tokens`. The optimizer's part is done here. Gradients are dropped after
+    each part. Of the `free` bytes a fifth stays unused: real steps also hold texts and scores, and memory has holes.
     """
-    def fits(work, *args) -> bool:
+    def fits(part: Callable, *args) -> bool:
         try:
-            work(*args)
+            part(*args)
             return True
         except (RuntimeError, MemoryError) as e:
             if not is_full(e):
@@ -122,43 +132,25 @@ def rehearse(model, reference, longest: list, config, free: int = 0) -> None:
             model.zero_grad(set_to_none=True)
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    device, B, G, T = trained[0].device, len(longest), config.group, config.max_new_tokens
-    prompts = [torch.as_tensor(p, dtype=torch.long, device=device) for p in longest]  # B x [P_b]
-    P = max(map(len, prompts))
-    tokens = torch.ones(G, T, dtype=torch.long, device=device)  # [G, T]
-    groups = [Group(p, tokens, tokens.bool(), tokens.float(), tokens[:, 0].bool(), []) for p in prompts]
-    _aside = torch.empty(free // 5, dtype=torch.uint8)  # promised to us, and never touched
-    moments: list = []  # two and a gradient, each as large as what is trained
+    moments: list[torch.Tensor] = []  # those of AdamW, two for each parameter, and for now a gradient
 
-    def optimize():
+    def optimize() -> None:
         moments.extend(torch.ones_like(p) for p in trained for _ in range(3))
 
-    @torch.no_grad()
-    def prefill():
-        padded, mask = pad(prompts)  # [B, P], [B, P]
-        with model.packed(B * G, T):
-            model.hidden(padded, Cache(), mask)
-
-    def learn(micro_tokens):
-        m = micro_batches(groups, torch.zeros(B, G, device=device), micro_tokens)[0]
-        if reference is not None:
-            with torch.no_grad(), reference.adapters_off():
-                group_logprobs(reference, m.prompts, m.tokens, m.mask)
-        group_logprobs(model, m.prompts, m.tokens, m.mask)[0].sum().backward()
-
+    _unused = torch.empty(free // 5, dtype=torch.uint8)  # counts as taken, though no page of it is ever touched
     if not fits(optimize):
         raise Full("AdamW's two moments and the gradient, each as large as what is trained, do not fit into memory: "
                    "train in bfloat16 (--lean), or adapters only (--lora 16).")
-    del moments[:len(trained)]  # the gradient comes by itself when learning
-    if not fits(prefill):
-        raise Full(f"Sampling after {B} prompts of up to {P} tokens does not fit into memory: lower --prompts, leave "
-                   f"long posts out with --max-prompt, or halve the weights with --lean.")
-    size, smallest = config.micro_tokens, P + T
+    del moments[:len(trained)]  # learning makes the gradient itself
+    if not fits(sample):
+        raise Full(f"Sampling after {prompts} prompts of up to {prompt_tokens} tokens does not fit into memory: lower "
+                   f"--prompts, leave long posts out with --max-prompt, or halve the weights with --lean.")
+    size, smallest = micro_tokens, prompt_tokens + new_tokens  # one completion after the longest prompt
     while not fits(learn, size):
         if size <= smallest:
-            raise Full(f"Not even one completion, {P} + {T} tokens, can be learnt from in this memory: add "
-                       f"--checkpointing, --lean or --lora 16, or leave long posts out with --max-prompt.")
+            raise Full(f"Not even one completion, {prompt_tokens} + {new_tokens} tokens, can be learnt from in this "
+                       f"memory: add --checkpointing, --lean or --lora 16, or leave long posts out with --max-prompt.")
         size = max(size // 2, smallest)
-    if size < config.micro_tokens:
-        raise Full(f"Learning from {config.micro_tokens} tokens at a time does not fit into memory: --micro-tokens "
-                   f"{size} does" + ("." if config.checkpointing else ", and --checkpointing makes room for more."))
+    if size < micro_tokens:
+        raise Full(f"Learning from {micro_tokens} tokens at a time does not fit into memory: --micro-tokens {size} does"
+                   + ("." if checkpointing else ", and --checkpointing makes room for more."))

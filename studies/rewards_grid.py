@@ -4,14 +4,15 @@
     python -m studies.rewards_grid                    # three seeds; runs that are finished are not run again
     python -m studies.rewards_grid --name t20 --target 20 --only "rouge_l$"        # some of them, for another target
 
-Each configuration is a `train.py` run of its own, runs/exp-NAME-SEED, from the same model, on the same posts, with the
-same number of steps. Its greedy summaries of the test posts are kept in test.json there, and all of them go into one
-table, runs/exp.md:
+Each configuration is a `train.py` run of its own, runs/exp-NAME-SEED. All of them start from the same model and learn
+from the same posts for the same number of steps. A run's greedy summaries of the test posts are kept in its test.json.
+One table, runs/exp.md, compares all runs:
 
-    95% intervals   bootstrap over seeds and posts: both are drawn again, with replacement, every seed on the same posts
-    p               a sign-flip permutation test, paired by post, of the mean over seeds against "length only"; Holm's
-                    correction over all comparisons of the table. It speaks about these trained models and other posts;
-                    how much another seed would change shows in the intervals.
+    95% intervals   a bootstrap over seeds and posts: both are drawn again with replacement, and every seed gets the
+                    same posts.
+    p               a sign-flip permutation test, paired by post, of the mean over seeds against that of "length only",
+                    with Holm's correction over all comparisons of the table. It is about these trained models and other
+                    posts. What other seeds would change shows in the intervals.
 """
 
 import argparse
@@ -21,7 +22,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
@@ -35,6 +35,7 @@ from model import load
 from plumbing.folder import read_json, write_text
 from plumbing.log import read_lines
 from plumbing.posts import TINY, load_posts
+from plumbing.significance import holm, interval, sign_flip
 from plumbing.words import find_wordnet
 from rewards import own_shares
 from task import within
@@ -44,9 +45,9 @@ QUALITIES = ("rouge_l", "meteor", "bleu", "rouge_l+meteor", "rouge_l+bleu", "met
 
 # --- your experiment starts here ---
 def configurations(first: int, steps: int) -> dict[str, list[str]]:
-    """{name: stages}; `first` of the `steps` belong to the length in a staged run.
+    """{name: stages}. A staged run gives the `first` of its `steps` to the length alone.
 
-    The published grid of 22, and four in which the length weighs three times as much.
+    The 22 configurations of the published grid, and four in which the length weighs three times as much.
     """
     then = steps - first
     return {
@@ -68,7 +69,8 @@ def run_folder(experiment: str, name: str, seed: int) -> Path:
 
 
 def train(folder: Path, stages: list[str], target: int, seed: int, threads: int) -> None:
-    """Train one configuration, or go on with it, or leave it alone if it is finished. Its lines go to log.txt."""
+    """Train one configuration, or go on with it, or leave it alone if it is finished. What it prints goes to log.txt.
+    Raises ValueError if the folder holds another run, RuntimeError if the run does not reach its end."""
     if (folder / "test.json").exists():
         return
     flags = ["--run", folder.name]
@@ -94,7 +96,10 @@ def train(folder: Path, stages: list[str], target: int, seed: int, threads: int)
 
 
 def test(folder: Path, model_folder: Path, n: int, target: int) -> dict:
-    """Greedy summaries of the first n test posts, written once: {"summaries": [...], "kl": of the last ten steps}."""
+    """Greedy summaries of the first n test posts, made once and kept: {"target", "kl", "summaries"}.
+
+    "kl" is the mean of the last ten steps, in nats a token, or None for a model that was not trained.
+    """
     if not (folder / "test.json").exists():
         r = evaluate(*load(model_folder), load_posts("tiny", "test")[:n], Config(target=target))
         kl = [row["kl"] for row in read_lines(folder / "metrics.jsonl")[-10:] if row["kl"] is not None]
@@ -107,44 +112,6 @@ def test(folder: Path, model_folder: Path, n: int, target: int) -> dict:
     return r | {"summaries": r["summaries"][:n]}
 
 
-# --- statistics -------------------------------------------------------------------------------------------------------
-
-
-def interval(values: np.ndarray, statistic: Callable = np.mean, draws: int = 2000) -> tuple[float, float]:
-    """95% bootstrap interval of a statistic of values [S seeds, P posts], both drawn again with replacement.
-
-    Percentiles of `draws` resamples. With three seeds it is rather too narrow: three values cannot show more.
-    """
-    rng = np.random.default_rng(0)
-    s, p = values.shape
-    drawn = [statistic(values[rng.integers(s, size=s)][:, rng.integers(p, size=p)]) for _ in range(draws)]
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return float(low), float(high)
-
-
-def sign_flip(difference: np.ndarray, draws: int = 9999) -> float:
-    """Two-sided p-value of paired differences [P] under "each is as likely as its opposite": (Fisher 1935).
-
-        p = (1 + number of drawn sign patterns whose |mean| reaches the observed one) / (1 + draws)
-    """
-    signs = np.random.default_rng(0).integers(0, 2, size=(draws, len(difference)), dtype=np.int8) * 2 - 1  # [draws, P]
-    reach = np.abs(signs @ difference) >= abs(difference.sum()) - 1e-12 * np.abs(difference).sum()
-    return (1 + int(reach.sum())) / (1 + draws)
-
-
-def holm(p: list[float]) -> list[float]:
-    """Holm's (1979) adjusted p-values: the smallest times n, the next times n - 1, ..., never falling, at most 1.
-
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
-    """
-    adjusted, running = [0.0] * len(p), 0.0
-    for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
-        running = max(running, min(1.0, (len(p) - rank) * p[i]))
-        adjusted[i] = running
-    return adjusted
-
-
 # --- the table --------------------------------------------------------------------------------------------------------
 
 COLUMNS = ("within_2", "within_10pct", "length", "spread", "rouge_l", "meteor", "bleu", "distinct", "kl")
@@ -153,7 +120,7 @@ TESTED = ("within_2", "within_10pct", "rouge_l", "meteor", "bleu", "distinct")
 
 
 def measure(runs: list[dict]) -> dict[str, np.ndarray]:
-    """The S runs of one configuration -> for each column, values [S, P]; kl [S, 1]."""
+    """The S runs of one configuration, one a seed, on P posts -> {column: values [S, P]}; "kl" has [S, 1]."""
     values: dict[str, list] = {name: [] for name in COLUMNS if name != "spread"}
     for r in runs:
         rows = r["summaries"]
@@ -168,7 +135,8 @@ def measure(runs: list[dict]) -> dict[str, np.ndarray]:
 
 
 def table(results: dict[str, list[dict]], baseline: str) -> str:
-    """Markdown: a row a configuration, mean and 95% interval; † where Holm's p against the baseline is below 0.05."""
+    """Markdown with a row for each configuration: means and their 95% intervals, and a † where the configuration
+    differs from the baseline with a p (Holm's) below 0.05."""
     measured = {name: measure(runs) for name, runs in results.items()}
     others = [name for name in results if name not in (baseline, "untrained")]
     pairs = [(name, column) for name in others for column in TESTED]
@@ -194,11 +162,11 @@ def cell(values: dict[str, np.ndarray], column: str, mark: bool) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument("--fast", action="store_true", help="one seed: a third of the time, and no word on seeds")
-    parser.add_argument("--name", default="exp", help="begins the names of its runs, and is that of its table")
-    parser.add_argument("--only", default="", help="a regular expression: configurations to run besides 'length only'")
+    parser = argparse.ArgumentParser("python -m studies.rewards_grid", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="one seed; the intervals are then over posts alone")
+    parser.add_argument("--name", default="exp", help="the table's name, and what its runs' names begin with")
+    parser.add_argument("--only", default="", help="a regular expression: what to run besides 'length only'")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0..N-1 of every configuration")
     parser.add_argument("--steps", type=int, default=100, help="training steps of a run")
     parser.add_argument("--first", type=int, default=40, help="how many of them a staged run gives to the length alone")

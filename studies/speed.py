@@ -1,19 +1,20 @@
-"""Speed, ours against the libraries' own, in pairs on one machine. No test: it prints tables.
+"""Speed and memory beside the libraries', in pairs on one machine. Prints tables.
 
     pip install -r tests/requirements.txt
     python -m studies.speed rewards             # a minute
-    python -m studies.speed squish 4 1000       # of a model of 4 layers, on a document of 1,000 tokens: some minutes
+    python -m studies.speed squish 4 1000       # a model of 4 layers, a document of 1,000 tokens: some minutes
     python -m studies.speed squish 4 500 bfloat16    # in the type that the model is published in
-    python -m studies.speed squish 28 2000 ours # of all 28, without the peer, which does not fit into 24 GiB
-    python -m studies.speed sampling small      # 8 x 64 tokens after a prompt of 384, in seconds; or some rows:
-    python -m studies.speed sampling 0.5b "ours, float32" "transformers, float32"
-    python -m studies.speed step small          # a whole GRPO step against trl's; of 0.5b some rows are enough:
-    python -m studies.speed step 0.5b "ours, float32" "trl, float32:1"
-    python -m studies.speed scaling small       # time and memory against G, prompt and completion
+    python -m studies.speed squish 28 2000 ours # all 28 layers, without the peer, which does not fit into 24 GiB
+    python -m studies.speed sampling small      # 8 x 64 tokens after a prompt of 384, in seconds
+    python -m studies.speed sampling 0.5b "ours, float32" "transformers, float32"     # these two rows only
+    python -m studies.speed step small          # a whole GRPO step against trl's
+    python -m studies.speed step 0.5b "ours, float32" "trl, float32:1"    # these two rows, a single step of trl's
+    python -m studies.speed scaling small       # how time and memory grow with G, prompt and completion
     python -m studies.speed curves lean.png runs/seed-0 runs/seed-1 runs/lean-0 runs/lean-1
-    python -m studies.speed real                # the README's commands for real models, random weights: half an hour
+    python -m studies.speed real                # the commands for real models, with random weights: half an hour
 """
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -36,22 +37,26 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
 import squish as sq
+from config import Config
+from lora import add_lora
 from metrics import bleu, meteor, rouge_l, words_13a
-from model import Transformer, add_lora, load, read_config, save
+from model import Transformer, load, read_config, save
 from plumbing import memory
 from plumbing.posts import TINY
 from plumbing.words import find_wordnet
 from tests.helpers import byte_bpe, nltk_wordnet
 
 ROOT = Path(__file__).resolve().parents[1]
-torch.set_num_threads(os.cpu_count())  # the tests' helpers make it one
+torch.set_num_threads(os.cpu_count())  # tests/helpers.py has set it to one
 
 GROUPS, G, WORDS, ROUNDS = 8, 8, 55, 15  # 64 completions of 55 words: about 64 tokens
 
 
 def batches() -> list[list[tuple[str, str]]]:
-    """ROUNDS batches of (completion, reference) pairs that share about half of their words. No text comes twice: what
-    is remembered of texts is of no use, as in training, but for a group's reference."""
+    """ROUNDS batches of (completion, reference) pairs that share about half of their words.
+
+    As in training, a group has one reference and no other text comes twice, so remembering texts saves little time.
+    """
     rng = random.Random(0)
     lines = (TINY / "train.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["document"].split() for line in lines]
@@ -85,15 +90,17 @@ def rewards_against_libraries() -> None:
           f"WordNet: {find_wordnet() or 'none'}")
     print(f"{'':10} {'ours':>8} {'library':>9} {'ratio':>7}")
     rounds, total = batches(), 0.0
-    for pair in (pair for batch in rounds for pair in batch):  # every word has been met once, as after a run's first
-        backwards = [" ".join(reversed(text.split())) for text in pair]  # steps, but no text: sacreBLEU remembers those
+    # Every word is met once before the clock runs, as in the first steps of a run. Backwards, because sacreBLEU
+    # remembers the texts that it has seen.
+    for pair in itertools.chain.from_iterable(rounds):
+        backwards = [" ".join(reversed(text.split())) for text in pair]
         for ours, _, theirs in pairs.values():
             ours(*backwards), theirs(*backwards)
     for name, (ours, library, theirs) in pairs.items():
         seconds = []
         for i, batch in enumerate(rounds):
             row = {}
-            for who in ((ours, theirs), (theirs, ours))[i % 2]:  # in turns, so that neither is always the first
+            for who in ((ours, theirs), (theirs, ours))[i % 2]:  # in turns: neither is always the first
                 begun = time.perf_counter()
                 for candidate, reference in batch:
                     who(candidate, reference)
@@ -117,8 +124,8 @@ LFM2_350M = {"model_type": "lfm2", "architectures": ["Lfm2ForCausalLM"], "vocab_
 
 
 def in_a_process(job, *args):
-    """job(*args) in a process of its own -> (its result, seconds, the most GiB that the process held), or None where
-    the machine's memory ended first."""
+    """job(*args) in a process of its own -> (its result, seconds, the process's peak in GiB), or None if the machine
+    has too little memory for it."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(timed, job, *args).result()
@@ -127,7 +134,7 @@ def in_a_process(job, *args):
 
 
 def timed(job, *args):
-    call = job(*args)  # loads what it needs; what it returns is measured
+    call = job(*args)  # loads what it needs and is not timed; the function that it returns is
     begun = time.perf_counter()
     result = call()
     return result, time.perf_counter() - begun, memory.peak("cpu")
@@ -169,7 +176,7 @@ def load_tokenizer(folder):
 
 
 def squish_against_transformers(layers: int, document_tokens: int, *flags: str, G: int = 8) -> None:
-    """`flags`: "bfloat16", the type that the model is published in; "ours" or "transformers", to run one of them."""
+    """`flags`: "bfloat16", the type that the model is published in; "ours" or "transformers" to run only that one."""
     dtype = torch.bfloat16 if "bfloat16" in flags else torch.float32
     raw = QWEN3_1_7B | {"num_hidden_layers": layers}
     tokenizer, rng = byte_bpe(), random.Random(0)
@@ -180,14 +187,14 @@ def squish_against_transformers(layers: int, document_tokens: int, *flags: str, 
                  for _ in range(G)]
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        model = Transformer(read_config(raw, "bench"))
+        model = Transformer(read_config(raw, "speed"))
         for p in model.parameters():
             if p.ndim == 2:
                 torch.nn.init.uniform_(p.data, -0.03, 0.03)
         model.raw_config = raw
         save(model, tokenizer, folder, dtype)
         weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize / 2 ** 30
-        asked = (G + 1) * document_tokens  # tokens whose bits are wanted; the others need no product with the head
+        asked = (G + 1) * document_tokens  # tokens whose bits are wanted: only these need the head
         read = asked + sum(len(tokenizer.encode(sq.TEMPLATE.format(summary=s, document="")).ids) for s in summaries)
         work = 2 * (read * sum(p.numel() for p in model.layers.parameters()) + asked * model.head.numel())
         del model
@@ -220,19 +227,21 @@ SHAPES = {
               "num_key_value_heads": 2, "vocab_size": 4096},
 }
 PROMPT, NEW, STEPS = 384, 64, 3
-WARM = 16  # tokens of a call before the one that is timed: memory that the system hands out first is slow
+WARM = 16  # tokens of a call that is not timed: memory is slow when the system hands it out for the first time
 
 
 def write_model(folder: str, shape: str, dtype: torch.dtype = torch.float32) -> float:
-    """A model of random weights, Qwen2.5 where the shape says nothing else, with a tokenizer of few words -> GiB of its
-    weights in float32. A file is as large as its dtype makes it, and counts as memory while it is read."""
+    """Write a model of random weights, with a tokenizer of few words; it is a Qwen2.5 unless its shape says otherwise.
+    -> GiB of its weights in float32, whatever the file's `dtype`. A file counts as memory while it is read, so a run in
+    bfloat16 should get one in bfloat16."""
     raw = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_theta": 1e6, "rms_norm_eps": 1e-6,
            "max_position_embeddings": 32768, "tie_word_embeddings": True, "hidden_act": "silu", "bos_token_id": 0,
            "eos_token_id": 2, "torch_dtype": "float32"} | SHAPES[shape]
     torch.manual_seed(0)
-    model = Transformer(read_config(raw, "bench"))
+    model = Transformer(read_config(raw, "speed"))
     for p in model.parameters():
-        torch.nn.init.uniform_(p.data, -0.03, 0.03) if p.ndim == 2 else None
+        if p.ndim == 2:
+            torch.nn.init.uniform_(p.data, -0.03, 0.03)
     model.raw_config = raw
     words = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     model.sidecars = {"tokenizer_config.json": json.dumps(words).encode()}
@@ -247,7 +256,7 @@ def prompt_ids(n: int) -> list[list[int]]:
 
 
 def bandwidth() -> float:
-    """GiB a second at which this machine reads memory: the sum of 512 MiB, best of five."""
+    """How many GiB of memory this machine reads in a second: it sums up 512 MiB, best of five."""
     x, best = torch.ones(2 ** 27), math.inf
     for _ in range(5):
         begun = time.perf_counter()
@@ -257,7 +266,7 @@ def bandwidth() -> float:
 
 
 def arithmetic(dtype: torch.dtype) -> float:
-    """Operations a second of a large product, in `dtype` or in float32, whichever is faster here; best of five."""
+    """Operations a second in a large product, in `dtype` or float32, whichever is faster here; best of five."""
     best = math.inf
     for kind in {dtype, torch.float32}:
         x, W = torch.randn(1024, 2048, dtype=kind), torch.randn(6144, 2048, dtype=kind)
@@ -314,7 +323,8 @@ def sampling_against_transformers(shape: str, only: Sequence[str] = ()) -> None:
         print(f"sampling 8 x {NEW} tokens after a prompt of {PROMPT}, {shape} shape, {weights:.2f} GiB of weights in "
               f"float32; memory is read at {speed:.1f} GiB/s: no step is faster than {1e3 * weights / speed:.0f} ms "
               f"in float32, half of it in bfloat16")
-        least = 8 * weights * 2 ** 29 / arithmetic(torch.bfloat16)  # each weight multiplied and added once for each row
+        # Each of the 8 rows multiplies and adds every weight once: two operations.
+        least = 2 * 8 * weights * 2 ** 28 / arithmetic(torch.bfloat16)
         print(f"a step's products alone, at the speed of large ones: {1e3 * least:.0f} ms")
         print(f"{'':24} {'seconds':>8} {'of them prompt':>15} {'tokens/s':>9} {'ms a step':>10} {'of the floor':>13}")
         rows = {}
@@ -347,14 +357,14 @@ def step_ours(folder, groups, how, steps):
         memory.tidy(model)  # as train.py does
     if "LoRA" in how:
         add_lora(model, 16, 32.0)
-    reference = model if "LoRA" in how else copy.deepcopy(model).requires_grad_(False)
+    ref_model = model if "LoRA" in how else copy.deepcopy(model).requires_grad_(False)
     if "compile" in how:
-        for layer in (*model.layers, *(reference.layers if reference is not model else ())):
+        for layer in {*model.layers, *ref_model.layers}:  # as train.py does
             layer.compile(dynamic=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     lean = "lean" in how and "LoRA" not in how
     optimizer = AdamW(trained, 1e-6) if lean else torch.optim.AdamW(trained, 1e-6, fused=True)
-    config = grpo.Config(beta=0.05)
+    config = Config(beta=0.05)
 
     def call():
         times = []
@@ -364,9 +374,9 @@ def step_ours(folder, groups, how, steps):
             sampled = time.perf_counter()
             for group in batch:
                 group.rewards = torch.arange(8.0)
-            grpo.update(model, reference, batch, optimizer, config)
+            grpo.update(model, ref_model, batch, optimizer, config)
             times.append((time.perf_counter() - begun, sampled - begun))
-        return times[1:] if "compile" in how else times
+        return times[1:] if "compile" in how else times  # the first step compiles
 
     return call
 
@@ -408,16 +418,17 @@ STEP_ROWS = ("ours, float32", "ours, float32, checkpointing", "ours, float32, co
 
 
 def step_against_trl(shape: str, only: Sequence[str] = (), groups: int = 2) -> None:
-    """`only`: which of STEP_ROWS, "ours, lean:1" for one step instead of STEPS."""
+    """`only`: which of STEP_ROWS; "ours, lean:1" makes one step of it instead of STEPS."""
     with tempfile.TemporaryDirectory() as folder:
         weights = write_model(folder + "/float32", shape)
         write_model(folder + "/bfloat16", shape, torch.bfloat16)
         print(f"one GRPO step of {groups} prompts x 8 completions, {PROMPT} + {NEW} tokens, {shape} shape "
-              f"({weights:.2f} GiB in float32), reference and KL on; median of {STEPS} steps or as many as it says")
-        # Each token runs once for sampling, reference and learning, and learning's backward pass is two more; the head
-        # is for completions only. A product is a multiplication and an addition for each weight.
+              f"({weights:.2f} GiB in float32), with a KL; median of {STEPS} steps or as many as it says")
+        # A token goes forward three times, for sampling, ref_model and learning. It goes backward once, which costs as
+        # much as going forward twice. Each of these five multiplies and adds every weight. Only completions need the
+        # head.
         head = SHAPES[shape]["vocab_size"] * SHAPES[shape]["hidden_size"]
-        products = 10 * groups * ((weights * 2 ** 28 - head) * (PROMPT + 8 * NEW) + head * 8 * NEW)
+        products = 5 * 2 * groups * ((weights * 2 ** 28 - head) * (PROMPT + 8 * NEW) + head * 8 * NEW)
         print(f"its products alone, at the speed of large ones: {products / arithmetic(torch.bfloat16):.2f} seconds")
         print(f"{'':32} {'seconds':>8} {'sampling':>9} {'peak GiB':>9}")
         rows = {}
@@ -459,11 +470,11 @@ def one_step(folder, G, P, T):
 
 
 def scaling(shape: str) -> None:
-    """What a group costs as it grows in one direction: the others stay at G 8, prompt 256, completion 64."""
+    """What a group costs as one of its sizes grows; the others stay at G 8, prompt 256, completion 64."""
     with tempfile.TemporaryDirectory() as folder:
         write_model(folder, shape)
-        print(f"scaling, {shape} shape, float32, one prompt: best of three. Tokens learnt from are P + G T; "
-              f"tokens sampled G T.")
+        print(f"scaling, {shape} shape, float32, one prompt: best of three. It learns from P + G T tokens "
+              f"and samples G T.")
         print(f"{'G':>4} {'prompt':>7} {'new':>5} {'sampling s':>11} {'us a token':>11} {'learning s':>11} "
               f"{'us a token':>11} {'peak GiB':>9}")
         for G, P, T in (*((G, 256, 64) for G in (1, 2, 4, 8, 16, 32, 64)), *((8, P, 64) for P in (64, 128, 512, 1024,
@@ -473,7 +484,7 @@ def scaling(shape: str) -> None:
                   f"{1e6 * learning / (P + G * T):11.0f} {peak:9.2f}", flush=True)
 
 
-# The README's commands for real models, cut short; random weights never stop, so every completion has its full length.
+# The commands for real models, with fewer steps. Random weights never stop, so every completion has its full length.
 TLDR = "--target 64 --prompts 2 --group 8 --lr 2e-6 --beta 1e-4 --kl k3 --weight-decay 0.1 --max-prompt 512 " \
        "--checkpointing --stages length:2"
 SQUISH = "--stages squish:1 --budgets 0.1 --lora 32 --lora-alpha 64 --lean --prompts 1 --group 4 --updates 4 " \
@@ -484,7 +495,8 @@ REAL = {"Qwen2.5-0.5B": ("0.5b", f"{TLDR} rouge_l+length:1"), "LFM2.5-350M": ("l
 
 
 def real_runs(only: Sequence[str] = ()) -> None:
-    """Each command in a process of its own, on the embedded posts, which a tokenizer of few words makes long."""
+    """Each command in a process of its own, on the embedded posts. Their prompts are long, for the tokenizer knows few
+    words."""
     print(f"{'':20} {'steps':>6} {'seconds each':>13} {'all in':>8} {'peak GiB':>9}")
     for name, (shape, flags) in REAL.items():
         if only and name not in only:
@@ -505,8 +517,8 @@ def real_runs(only: Sequence[str] = ()) -> None:
 
 
 def curves(picture: str, runs: Sequence[str]) -> None:
-    """Learning curves of finished runs over each other, means over 15 steps; one colour for runs named alike but for a
-    number at the end."""
+    """Learning curves of finished runs in one picture, means over 15 steps. Runs whose names differ only in the number
+    at the end have one colour."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -515,7 +527,7 @@ def curves(picture: str, runs: Sequence[str]) -> None:
     for run in runs:
         kind = Path(run).name.rpartition("-")[0]
         rows = [json.loads(line) for line in open(Path(run) / "metrics.jsonl", encoding="utf-8")]
-        for ax, name in zip(axes, ("reward", "within_10pct", "rouge_l", "kl")):
+        for ax, name in zip(axes, ("reward", "within_10pct", "reward/rouge_l", "kl")):
             steps, values = zip(*((row["step"], row[name]) for row in rows if name in row))
             means = [statistics.fmean(values[max(0, i - 15):i]) for i in range(1, len(values) + 1)]
             ax.plot(steps, means, color=f"C{kinds.index(kind)}", lw=1.2,
@@ -541,5 +553,7 @@ if __name__ == "__main__":
             real_runs(only)
         case ["curves", picture, *runs]:
             curves(picture, runs)
-        case _:
+        case ["rewards"]:
             rewards_against_libraries()
+        case _:
+            sys.exit(__doc__)

@@ -33,8 +33,8 @@ from eval import complete, find_model
 from model import load
 from plumbing.folder import find_folder, write_file, write_text
 from plumbing.posts import Post, load_posts
+from plumbing.significance import interval
 from squish import TEMPLATE, UNITS, allowance, fits, shorten, size, squish
-from studies.rewards_grid import interval
 from task import (
     CLOSE,
     REQUEST,

@@ -3,51 +3,80 @@
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from helpers import tiny_model
 
+import grpo
 from model import add_lora
 from plumbing import memory
+from train import rehearse_largest_step
 
 ROOT = Path(__file__).resolve().parents[1]
 PRELUDE = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch; from plumbing import memory; "
            "n = int(sys.argv.pop(1)); memory.available = lambda: n; ")
 TRAIN = PRELUDE + "import train; sys.exit(train.main(sys.argv[1:]))"
 LARGE = ("--prompts", "8", "--group", "64", "--max-new-tokens", "60", "--stages", "length:1", "--eval-posts", "2")
-linux = pytest.mark.skipif(memory.available() is None, reason="only Linux says how much memory there is")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such limits, and glibc's heap")
 
 
 def python(code: str, *args, cwd=None) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=cwd, text=True, capture_output=True)
 
 
-def meminfo(folder, text):
-    (folder / "meminfo").write_text(text, encoding="utf-8")
-    return folder
+def test_what_is_left_is_the_machine_s_or_the_container_s(tmp_path, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=9000, available=4000, free=100))
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(total=3000, free=1000))
+
+    def with_files(**files):
+        for name, text in files.items():
+            (tmp_path / name.replace("__", ".")).write_text(text + "\n", encoding="utf-8")
+        return memory.available(tmp_path)
+
+    assert memory.available(tmp_path / "none") == 5000
+    assert with_files(memory__max="max") == 5000
+    assert with_files(memory__max="3000", memory__current="1000") == 2000
+    assert with_files(memory__max="90000") == 5000  # more than the machine has left
 
 
-@pytest.mark.skipif(memory.resource is None, reason="Windows has no such limits")
-def test_what_is_left_is_the_machine_s_or_the_container_s(tmp_path):
-    proc = meminfo(tmp_path, "MemTotal:  9000 kB\nMemFree:  100 kB\nMemAvailable:  4000 kB\nSwapFree:  1000 kB\n")
-    nowhere = tmp_path / "none"
-    assert memory.available(proc, nowhere) == 5000 * 1024
-    (tmp_path / "memory.max").write_text("max\n", encoding="utf-8")
-    assert memory.available(proc, tmp_path) == 5000 * 1024
-    (tmp_path / "memory.max").write_text("3000000\n", encoding="utf-8")
-    (tmp_path / "memory.current").write_text("1000000\n", encoding="utf-8")
-    assert memory.available(proc, tmp_path) == 2_000_000
-    (tmp_path / "memory.max").write_text("900000000\n", encoding="utf-8")  # more than the machine has left
-    assert memory.available(proc, tmp_path) == 5000 * 1024
-    assert memory.available(nowhere, nowhere) is None
+def test_version_1_of_containers_limits_is_read_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4000))
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=1000))
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory/memory.limit_in_bytes").write_text("3000\n", encoding="utf-8")
+    (tmp_path / "memory/memory.usage_in_bytes").write_text("1000\n", encoding="utf-8")
+    assert memory.available(tmp_path) == 2000
+    (tmp_path / "memory/memory.limit_in_bytes").write_text("9223372036854771712\n", encoding="utf-8")  # there is none
+    assert memory.available(tmp_path) == 5000
+
+
+def test_this_machine_says_what_is_left():
+    assert 0 < memory.available() <= psutil.virtual_memory().total + psutil.swap_memory().total
+
+
+def test_a_system_that_says_nothing_is_not_limited(monkeypatch):
+    def nowhere():
+        raise FileNotFoundError(2, "No such file or directory", "/proc/meminfo")
+
+    monkeypatch.setattr(psutil, "virtual_memory", nowhere)
+    assert memory.available() is None and memory.cap_memory("cpu") == 0
+
+
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_where_the_system_knows_no_such_limit_none_is_set(system, monkeypatch):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(memory, "resource", None)  # whoever asks it fails
+    assert memory.cap_memory("cpu") == 0
 
 
 @linux
 def test_taking_too_much_is_an_exception():
-    code = PRELUDE + ("memory.limit('cpu'); kept = torch.ones(50 << 18)\n"  # 50 of 100 MiB
+    code = PRELUDE + ("memory.cap_memory('cpu'); kept = torch.ones(50 << 18)\n"  # 50 of 100 MiB
                       "try: torch.ones(100 << 18)\nexcept RuntimeError as e: print(memory.is_full(e))")
     assert python(code, 100 << 20).stdout == "True\n"
     assert python(code.replace("'cpu'", "'cuda'"), 100 << 20).stdout == ""  # a GPU's driver reserves what it likes
@@ -68,7 +97,10 @@ def test_a_run_too_large_is_refused_with_a_size_that_fits(tmp_path):
 @linux
 def test_tidied_memory_goes_back_though_small_things_lie_between():
     """20 blocks of 4 MiB, a small one kept after each. Untidied, the heap keeps all of it; tidied, it goes when a layer
-    runs with gradients, or a pass over several tokens begins or ends, and not while words are sampled."""
+    runs with gradients, or a pass over several tokens begins or ends, and not while words are sampled.
+
+    What was imported, and in which order, leaves holes in the heap. They are filled first, with blocks as large as the
+    small ones, or those would go there and not between the large ones."""
     code = ("import sys; sys.path[:0] = ['.', 'tests']; import torch; from plumbing import memory\n"
             "from helpers import tiny_model\n"
             "model, ids = tiny_model(), torch.ones(1, 3, dtype=torch.long)\n"
@@ -76,6 +108,7 @@ def test_tidied_memory_goes_back_though_small_things_lie_between():
             "rss = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096 >> 20\n"
             "model(ids).sum().backward()\n"
             "if sys.argv[1] != 'tidy': del [torch.ones(4 << 20)][:]\n"  # glibc's threshold grows to 16 MiB
+            "holes = [torch.ones(1 << 10) for _ in range(20_000)]\n"
             "before, small = rss(), []\n"
             "def tear(*_):\n"
             "    large = []\n"
@@ -105,6 +138,75 @@ def test_a_peak_is_the_process_s_own_and_stays():
     assert before < 0.8 and after == pytest.approx(before + 0.5, abs=0.05)
 
 
+def test_each_system_has_a_peak_of_its_own(monkeypatch):
+    """Windows: psutil's. Elsewhere without /proc: getrusage's, bytes on macOS and KiB on the others."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=2 ** 29, peak_wset=2 ** 30))
+    monkeypatch.setattr(psutil, "Process", lambda: process)
+    assert memory.peak("cpu") == 1.0
+    usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=2 ** 31))
+    monkeypatch.setattr(memory, "resource", usage)
+    monkeypatch.setattr(memory, "Path", lambda name: Path("nowhere"))
+    for system, gib in (("darwin", 2.0), ("freebsd14", 2048.0)):
+        monkeypatch.setattr(sys, "platform", system)
+        assert memory.peak("cpu") == gib
+
+
+# ------------------------------------------------------------------------------------------- the rehearsal by itself
+
+
+def rehearse(sample=lambda: None, learn=lambda n: None, **more):
+    sizes = {"prompts": 2, "prompt_tokens": 3, "new_tokens": 6, "micro_tokens": 100, "checkpointing": False}
+    memory.rehearse(torch.nn.Linear(5, 3), sample, learn, **sizes | more)
+
+
+def test_the_micro_batch_is_halved_down_to_one_completion():
+    tried = []
+    with pytest.raises(memory.Full, match="Not even one completion, 3 \\+ 6 tokens"):
+        rehearse(learn=lambda n: tried.append(n) or full())
+    assert tried == [100, 50, 25, 12, 9]
+    rehearse(learn=lambda n: None)  # the first size fits: nobody is told anything
+
+
+def test_who_checkpoints_is_not_told_to():
+    def small(n):
+        if n > 30:
+            full()
+
+    with pytest.raises(memory.Full, match="--micro-tokens 25 does, and --checkpointing makes room for more"):
+        rehearse(learn=small)
+    with pytest.raises(memory.Full, match=r"--micro-tokens 25 does\.$"):
+        rehearse(learn=small, checkpointing=True)
+
+
+def test_no_gradient_outlives_a_part_even_one_that_fails():
+    model = torch.nn.Linear(5, 3)
+    seen = []
+
+    def learn(n):
+        seen.append(model.weight.grad is None)
+        model.weight.sum().backward()
+        if n > 30:
+            full()
+
+    with pytest.raises(memory.Full):
+        memory.rehearse(model, lambda: model.weight.sum().backward(), learn, prompts=2, prompt_tokens=3, new_tokens=6,
+                        micro_tokens=100, checkpointing=False)
+    assert seen == [True] * 3 and model.weight.grad is None
+
+
+def test_while_it_learns_two_moments_of_what_is_trained_are_held(monkeypatch):
+    held, real = [], torch.ones_like
+    monkeypatch.setattr(torch, "ones_like", lambda p: held.append(weakref.ref(x := real(p))) or x)
+    alive = []
+    rehearse(sample=lambda: alive.append(sum(x() is not None for x in held)),
+             learn=lambda n: alive.append(sum(x() is not None for x in held)))
+    assert len(held) == 6 and alive == [4, 4]  # two parameters: two moments and a gradient each, then the moments
+
+
+# ------------------------------------------------------------------------------------------- the rehearsal of a run
+
+
 def config(**more):
     return SimpleNamespace(**({"group": 4, "max_new_tokens": 6, "micro_tokens": 100, "checkpointing": False} | more))
 
@@ -115,9 +217,9 @@ def test_a_rehearsal_leaves_no_trace(lora):
     if lora:
         add_lora(model, 2, 4.0)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    reference = model if lora else tiny_model("qwen2").requires_grad_(False)
+    ref_model = model if lora else tiny_model("qwen2").requires_grad_(False)
     state = torch.get_rng_state()
-    memory.rehearse(model, reference, [[1, 2], [3]], config())
+    rehearse_largest_step(model, ref_model, [[1, 2], [3]], config(), free=0)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -128,27 +230,27 @@ def full(*_, **__):
 
 @pytest.mark.parametrize("fails, says", [
     ("torch.ones_like", "two moments and the gradient.*--lean"),
-    ("pad", "Sampling after 2 prompts of up to 3 tokens.*--max-prompt"),
-    ("group_logprobs", "Not even one completion, 3 \\+ 6 tokens.*--checkpointing"),
+    ("train.pad", "Sampling after 2 prompts of up to 3 tokens.*--max-prompt"),
+    ("grpo.group_logprobs", "Not even one completion, 3 \\+ 6 tokens.*--checkpointing"),
 ])
 def test_each_part_that_does_not_fit_is_named(fails, says, monkeypatch):
     model = tiny_model("qwen2")
-    monkeypatch.setattr(f"plumbing.memory.{fails}", full)
+    monkeypatch.setattr(fails, full)
     with pytest.raises(memory.Full, match=says):
-        memory.rehearse(model, None, [[1, 2, 3], [4]], config())
+        rehearse_largest_step(model, None, [[1, 2, 3], [4]], config(), free=0)
 
 
 def test_the_longest_micro_batch_comes_first_and_is_halved(monkeypatch):
     """Prompts of 3 and 1 tokens, 4 completions of 6: in the order of sizes tried, the rows that learn together."""
-    seen, real = [], memory.group_logprobs
+    seen, real = [], grpo.group_logprobs
 
     def small(model, prompts, tokens, mask):
         seen.append(([len(p) for p in prompts], tokens.shape[1]))
         return real(model, prompts, tokens, mask) if tokens.shape[:2].numel() < 2 else full()
 
-    monkeypatch.setattr(memory, "group_logprobs", small)
+    monkeypatch.setattr(grpo, "group_logprobs", small)
     with pytest.raises(memory.Full, match="--micro-tokens 13 does, and --checkpointing"):
-        memory.rehearse(tiny_model("qwen2"), None, [[4], [1, 2, 3]], config(micro_tokens=54))
+        rehearse_largest_step(tiny_model("qwen2"), None, [[4], [1, 2, 3]], config(micro_tokens=54), free=0)
     assert seen == [([3, 1], 4), ([3], 4), ([3], 1)]  # tried: 54, 27, 13; one row has 9
 
 
@@ -156,16 +258,16 @@ def test_another_error_is_not_taken_for_a_full_memory(monkeypatch):
     def broken(*_):
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr(memory, "group_logprobs", broken)
+    monkeypatch.setattr(grpo, "group_logprobs", broken)
     with pytest.raises(RuntimeError, match="multiplied"):
-        memory.rehearse(tiny_model("qwen2"), None, [[1, 2, 3]], config())
+        rehearse_largest_step(tiny_model("qwen2"), None, [[1, 2, 3]], config(), free=0)
 
 
-def test_the_reference_is_rehearsed_too_and_a_fifth_is_kept_aside(monkeypatch):
-    seen, real, empty = [], memory.group_logprobs, torch.empty
-    monkeypatch.setattr(memory, "group_logprobs", lambda model, *args: seen.append(model) or real(model, *args))
+def test_the_ref_model_is_rehearsed_too_and_a_fifth_is_kept_aside(monkeypatch):
+    seen, real, empty = [], grpo.group_logprobs, torch.empty
+    monkeypatch.setattr(grpo, "group_logprobs", lambda model, *args: seen.append(model) or real(model, *args))
     monkeypatch.setattr(torch, "empty", lambda *size, **more: seen.append(size) or empty(*size, **more))
-    policy, reference = tiny_model("qwen2"), tiny_model("qwen2").requires_grad_(False)
+    policy, ref_model = tiny_model("qwen2"), tiny_model("qwen2").requires_grad_(False)
     seen.clear()
-    memory.rehearse(policy, reference, [[1, 2, 3]], config(), free=1000)
-    assert seen == [(200,), reference, policy]
+    rehearse_largest_step(policy, ref_model, [[1, 2, 3]], config(), free=1000)
+    assert seen == [(200,), ref_model, policy]

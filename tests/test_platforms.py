@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parents[1]
 TAKEN_AWAY = """
 import builtins, ctypes, os, signal
 
-sys.modules["resource"] = None  # importing it is an ImportError
 if hasattr(signal, "SIGKILL"):
     del signal.SIGKILL
 
@@ -33,6 +32,9 @@ def no_library(name, *args, **more):
 os.stat, os.listdir, builtins.open = map(without_proc, (os.stat, os.listdir, builtins.open))
 import io
 io.open = builtins.open
+
+import psutil  # its part for Linux needs `resource`, its parts for other systems do not
+sys.modules["resource"] = None  # importing it is an ImportError
 
 import torch, torch._ops
 ctypes.CDLL = no_library
@@ -73,6 +75,12 @@ def test_the_default_learns_for_two_steps(flags, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "runs/r/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 2 and rows[1]["grad_norm"] > 0
     assert max(row["logp_gap"] for row in rows) < (0.3 if "--lean" in flags else 1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere psutil asks no /proc")
+def test_memory_of_which_nothing_is_known_is_not_limited(tmp_path):
+    asked = "from plumbing import memory; print(memory.available(), memory.cap_memory('cpu'), memory.peak('cpu'))"
+    assert python(asked, cwd=tmp_path) == "None 0 None\n"
 
 
 SAMPLE = """

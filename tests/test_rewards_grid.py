@@ -1,6 +1,5 @@
-"""The experiment's arithmetic, against enumeration and textbook formulas; and that no work is done twice."""
+"""The table by hand, its daggers and its columns; and that no run is done twice."""
 
-import doctest
 import itertools
 import json
 import subprocess
@@ -10,57 +9,9 @@ import numpy as np
 import pytest
 
 from rewards import distinct, parse
-from studies import rewards_grid as experiment
-from studies.rewards_grid import configurations, holm, interval, measure, run_folder, sign_flip, table, train
+from studies import rewards_grid
+from studies.rewards_grid import configurations, measure, run_folder, table, train
 from train import parse_stages
-
-
-def test_worked_examples_in_the_docstrings_hold():
-    results = doctest.testmod(experiment)
-    assert results.attempted >= 1 and results.failed == 0
-
-
-# ---------------------------------------------------------------------------------------------------------- statistics
-
-
-def test_sign_flip_is_the_share_of_all_sign_patterns_that_reach_the_observed_sum():
-    difference = np.array([0.5, 1.0, -0.25, 2.0, 0.75, 0.1, 0.0, -0.6])
-    patterns = np.array(list(itertools.product((-1, 1), repeat=len(difference))))  # all 256
-    exact = np.mean(np.abs(patterns @ difference) >= abs(difference.sum()) - 1e-9)
-    assert sign_flip(difference, draws=40_000) == pytest.approx(exact, abs=0.01)
-    assert sign_flip(-difference) == sign_flip(difference)  # two-sided
-    assert sign_flip(difference * 1e-6) == sign_flip(difference)  # no scale
-
-
-def test_sign_flip_finds_what_is_there_and_nothing_where_there_is_nothing():
-    assert sign_flip(np.full(40, 0.01)) == 1 / 10_000  # the smallest p that 9,999 drawn patterns can give
-    assert sign_flip(np.zeros(40)) == 1.0
-    assert sign_flip(np.tile([1.0, -1.0], 20)) == 1.0
-    noise = [sign_flip(np.random.default_rng(seed).normal(size=50), draws=999) for seed in range(200)]
-    assert np.mean(np.array(noise) < 0.05) == pytest.approx(0.05, abs=0.04)  # false alarms come at their rate
-
-
-def test_holm_by_hand():
-    # Sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1 = 0.04, 0.06, 0.06, 0.04; never falling: the last becomes 0.06.
-    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
-    assert holm([0.6, 0.9]) == [1.0, 1.0] and holm([0.2]) == [0.2] and holm([]) == []
-
-
-def test_the_interval_is_the_textbooks_where_the_textbook_has_one():
-    """One seed and many posts: mean +- 1.96 standard errors."""
-    values = np.random.default_rng(3).normal(5, 2, size=(1, 400))
-    low, high = interval(values)
-    error = values.std() / np.sqrt(400)
-    assert (low, high) == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.15 * error)
-
-
-def test_the_interval_knows_that_seeds_differ():
-    """Equal posts within a seed: only the seeds vary, and 2,000 posts do not make that certain."""
-    values = np.array([[0.2], [0.5], [0.8]]).repeat(2000, axis=1)
-    assert interval(values) == (pytest.approx(0.2), pytest.approx(0.8))
-    same_posts = np.random.default_rng(0).normal(size=(1, 100)).repeat(3, axis=0)  # three seeds that agree on each post
-    assert interval(same_posts) == pytest.approx(interval(same_posts[:1]), abs=0.03)  # are no more posts than one
-
 
 # -------------------------------------------------------------------------------------------------------------- table
 
@@ -104,7 +55,7 @@ def cells(monkeypatch):
         titles, _, _, row = table({"length only": baseline, "it": runs}, "length only").splitlines()
         return dict(zip(titles.strip("| ").split(" | "), row.strip("| ").split(" | ")[1:]))
 
-    monkeypatch.setattr(experiment, "interval", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(rewards_grid, "interval", lambda *_: (0.0, 0.0))
     return of
 
 
@@ -165,7 +116,7 @@ def commands(tmp_path, monkeypatch):
         (folder / "eval.jsonl").write_text("".join(json.dumps({"stage": i}) + "\n" for i in range(3)), encoding="utf-8")
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(experiment.subprocess, "run", run)
+    monkeypatch.setattr(rewards_grid.subprocess, "run", run)
     return given
 
 
@@ -197,17 +148,17 @@ def test_it_is_tested_on_the_first_test_posts_for_its_target_and_not_again(tmp_p
         asked.append((model, tokenizer, config.target))
         return {"summaries": [{"id": post.id} for post in posts]}
 
-    monkeypatch.setattr(experiment, "load", lambda folder: (folder, "its tokenizer"))
-    monkeypatch.setattr(experiment, "evaluate", evaluate)
+    monkeypatch.setattr(rewards_grid, "load", lambda folder: (folder, "its tokenizer"))
+    monkeypatch.setattr(rewards_grid, "evaluate", evaluate)
     kl = [*range(100, 111), None, *range(1, 10)]  # of 21 steps: the last ten are a skipped one... and 1 to 9
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"kl": value}) + "\n" for value in kl), encoding="utf-8")
-    first = experiment.test(tmp_path, tmp_path / "model", 4, 20)
+    first = rewards_grid.test(tmp_path, tmp_path / "model", 4, 20)
     assert asked == [(tmp_path / "model", "its tokenizer", 20)] and (first["target"], first["kl"]) == (20, 5)
     assert [row["id"] for row in first["summaries"]] == ["test-0", "test-1", "test-2", "test-3"]
-    assert experiment.test(tmp_path, tmp_path / "model", 2, 20) == first | {"summaries": first["summaries"][:2]}
+    assert rewards_grid.test(tmp_path, tmp_path / "model", 2, 20) == first | {"summaries": first["summaries"][:2]}
     for n, target in (5, 20), (4, 30):
         with pytest.raises(ValueError, match="is of 4 posts and target 20: delete it"):
-            experiment.test(tmp_path, tmp_path / "model", n, target)
+            rewards_grid.test(tmp_path, tmp_path / "model", n, target)
     assert len(asked) == 1
 
 
@@ -215,7 +166,7 @@ def test_it_is_tested_on_the_first_test_posts_for_its_target_and_not_again(tmp_p
 def short(tmp_path, monkeypatch):
     """An experiment of two configurations and two steps each."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(experiment, "configurations", lambda first, steps: {
+    monkeypatch.setattr(rewards_grid, "configurations", lambda first, steps: {
         "length only": ["length:2"], "staged, length on, bleu": ["length:1", "length+bleu:1"]})
     return ["--seeds", "1", "--posts", "3", "--jobs", "2"]
 
@@ -223,52 +174,52 @@ def short(tmp_path, monkeypatch):
 def test_the_runs_are_each_configuration_with_each_seed(short, monkeypatch):
     trained, tested = [], []
     Path("runs").mkdir()
-    monkeypatch.setattr(experiment, "train", lambda folder, stages, target, seed, threads: trained.append(
+    monkeypatch.setattr(rewards_grid, "train", lambda folder, stages, target, seed, threads: trained.append(
         (folder.name, stages, target, seed)))
-    monkeypatch.setattr(experiment, "test", lambda folder, model, n, target: tested.append(
+    monkeypatch.setattr(rewards_grid, "test", lambda folder, model, n, target: tested.append(
         (folder.name, model, n, target)) or run_of([30] * n, [0.5] * n))
-    assert experiment.main([*short, "--jobs", "1", "--seeds", "2", "--target", "20", "--only", "on, bl"]) == 0
+    assert rewards_grid.main([*short, "--jobs", "1", "--seeds", "2", "--target", "20", "--only", "on, bl"]) == 0
     assert trained == [("exp-length-only-0", ["length:2"], 20, 0),
                        ("exp-staged-length-on-bleu-0", ["length:1", "length+bleu:1"], 20, 0),
                        ("exp-length-only-1", ["length:2"], 20, 1),
                        ("exp-staged-length-on-bleu-1", ["length:1", "length+bleu:1"], 20, 1)]
-    assert tested == [("exp-untrained", experiment.TINY, 3, 20),
+    assert tested == [("exp-untrained", rewards_grid.TINY, 3, 20),
                       *[(name, Path("runs") / name / "model", 3, 20) for name, *_ in trained]]
     trained.clear()
-    assert experiment.main([*short, "--jobs", "1", "--seeds", "2", "--fast"]) == 0
+    assert rewards_grid.main([*short, "--jobs", "1", "--seeds", "2", "--fast"]) == 0
     assert [seed for *_, seed in trained] == [0, 0]
 
 
 def test_it_trains_measures_and_does_nothing_twice(short, capsys, monkeypatch):
-    assert experiment.main(short) == 0
+    assert rewards_grid.main(short) == 0
     said = capsys.readouterr().out
     assert said.count(" s\n") == 2 and "| staged, length on, bleu |" in said
     assert Path("runs/exp.md").read_text(encoding="utf-8") in said
     assert len(list(Path("runs").glob("exp-*-0"))) == 2
     first = json.loads(Path("runs/exp-staged-length-on-bleu-0/test.json").read_text(encoding="utf-8"))
     assert len(first["summaries"]) == 3 and first["kl"] >= 0
-    monkeypatch.setattr(experiment.subprocess, "run", None)  # no run is begun again
-    assert experiment.main(short) == 0
+    monkeypatch.setattr(rewards_grid.subprocess, "run", None)  # no run is begun again
+    assert rewards_grid.main(short) == 0
     assert capsys.readouterr().out.splitlines()[2:-2] == said.splitlines()[4:-2]
 
 
 def test_a_run_that_was_stopped_is_gone_on_with_and_one_that_failed_says_why(short, capsys, monkeypatch):
-    real = experiment.subprocess.run
-    monkeypatch.setattr(experiment.subprocess, "run", lambda command, **more: real(command + ["--lr", "-1"], **more))
-    assert experiment.main(short) == 1
+    real = rewards_grid.subprocess.run
+    monkeypatch.setattr(rewards_grid.subprocess, "run", lambda command, **more: real(command + ["--lr", "-1"], **more))
+    assert rewards_grid.main(short) == 1
     assert "ended with an error: train.py: --lr" in capsys.readouterr().err
     folder = run_folder("exp", "length only", 0)
     assert not (folder / "test.json").exists()
-    monkeypatch.setattr(experiment.subprocess, "run", real)
-    assert experiment.main(short) == 0 and (folder / "test.json").exists()
+    monkeypatch.setattr(rewards_grid.subprocess, "run", real)
+    assert rewards_grid.main(short) == 0 and (folder / "test.json").exists()
 
 
 def test_an_experiment_of_another_target_needs_another_name(short, capsys):
-    assert experiment.main([*short, "--only", "nothing"]) == 0
+    assert rewards_grid.main([*short, "--only", "nothing"]) == 0
     assert [path.name for path in Path("runs").glob("exp-*-0")] == ["exp-length-only-0"]  # the baseline is always there
-    assert experiment.main([*short, "--only", "nothing", "--target", "20"]) == 1
+    assert rewards_grid.main([*short, "--only", "nothing", "--target", "20"]) == 1
     assert "test.json is of 3 posts and target 30: delete it" in capsys.readouterr().err
     (Path("runs") / "exp-length-only-0" / "test.json").unlink()
     (Path("runs") / "exp-untrained" / "test.json").unlink()
-    assert experiment.main([*short, "--only", "nothing", "--target", "20"]) == 1
+    assert rewards_grid.main([*short, "--only", "nothing", "--target", "20"]) == 1
     assert "another target: take another --name" in capsys.readouterr().err
