@@ -2,21 +2,42 @@
 
 import argparse
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import grpo
 import rewards
 from eval import parse_budgets
-from grpo import flag
+from grpo import ADVANTAGES, KLS, LOSSES
 from plumbing.folder import read_json
 from squish import UNITS
 
 
+def flag(default, help: str, **more):
+    """A dataclass field that documents itself: its help is the command line's help."""
+    return field(default=default, metadata={"help": help, **more})
+
+
+# What `grpo.update` reads. In --help these fields stand apart.
+OF_UPDATE = {"loss", "advantage", "clip_low", "clip_high", "beta", "kl", "updates", "temperature", "grad_clip",
+             "micro_tokens", "max_new_tokens"}
+
+
 @dataclass
-class Config(grpo.Config):
+class Config:
     """Every field is a flag of the same name; the defaults are those of the embedded model."""
 
+    loss: str = flag("grpo", "policy loss: what is clipped, and what a token weighs", choices=LOSSES)
+    advantage: str = flag("group", "r - mean, divided by the group's std, by nothing, or by the batch's std",
+                          choices=ADVANTAGES)
+    clip_low: float = flag(0.2, "the ratio may fall to 1 - this before its gradient stops")
+    clip_high: float = flag(0.2, "the ratio may rise to 1 + this before its gradient stops (DAPO: 0.28)")
+    beta: float = flag(0.05, "weight of the KL to the reference model; 0 needs no reference")
+    kl: str = flag("k3_ratio", "KL estimator in the loss; k2 and k3_ratio have the right gradient", choices=KLS)
+    updates: int = flag(1, "optimizer steps on each batch of completions (mu in the paper)")
+    temperature: float = flag(1.0, "of the sampler, and therefore of the loss")
+    grad_clip: float = flag(1.0, "largest norm of the whole gradient")
+    micro_tokens: int = flag(16384, "most tokens of one forward and backward: lower it when memory runs out")
+    max_new_tokens: int = flag(0, "where a completion is cut; 0: twice the target")
     model: str = flag("tiny", "a Hugging Face folder, a hub name, or tiny")
     data: str = flag("tiny", "posts to train on: tiny, a folder with train.jsonl, a .jsonl or .jsonl.gz file, or a "
                              "hub data set such as mlabonne/smoltldr")
@@ -98,7 +119,6 @@ def read_arguments(argv: list[str] | None, description: str) -> tuple[Config, bo
     """argv -> (config, resume, the flags that were really given)."""
     parser = Parser(description=description, usage="python train.py [--FLAG VALUE ...]", allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    of_update = {f.name for f in fields(grpo.Config)}
     groups = {False: parser.add_argument_group("the run"), True: parser.add_argument_group("the update (grpo.py)")}
     for f in fields(Config):
         default = " ".join(f'"{x}"' for x in f.default) if isinstance(f.default, tuple) else f.default
@@ -110,7 +130,7 @@ def read_arguments(argv: list[str] | None, description: str) -> tuple[Config, bo
             more |= {"type": str if isinstance(f.default, tuple) else type(f.default),
                      "choices": f.metadata.get("choices"), "nargs": "+" if isinstance(f.default, tuple) else None,
                      "metavar": None if "choices" in f.metadata else f.name.upper()}
-        groups[f.name in of_update].add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **more)
+        groups[f.name in OF_UPDATE].add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **more)
     parser.add_argument("--resume", action="store_true", help="go on with the run named by --run (or the latest one)")
     given = vars(parser.parse_args(argv))
     resume = given.pop("resume")

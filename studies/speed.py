@@ -339,6 +339,7 @@ def step_ours(folder, groups, how, steps):
     import copy
 
     import grpo
+    from config import Config
     from plumbing.adamw import AdamW
     from rollout import sample
     model, tokenizer = load(folder, dtype=torch.bfloat16 if "lean" in how else torch.float32)
@@ -354,7 +355,7 @@ def step_ours(folder, groups, how, steps):
     trained = [p for p in model.parameters() if p.requires_grad]
     lean = "lean" in how and "LoRA" not in how
     optimizer = AdamW(trained, 1e-6) if lean else torch.optim.AdamW(trained, 1e-6, fused=True)
-    config = grpo.Config(beta=0.05)
+    config = Config(beta=0.05)
 
     def call():
         times = []

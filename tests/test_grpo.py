@@ -18,7 +18,8 @@ from torch.nn.utils import parameters_to_vector
 from torch.testing import assert_close
 
 import grpo
-from grpo import ADVANTAGES, KLS, LOSSES, Config, advantages, group_logprobs, micro_batches, policy_loss, update
+from config import Config
+from grpo import ADVANTAGES, KLS, LOSSES, advantages, group_logprobs, micro_batches, policy_loss, update
 from model import Transformer, read_config
 from rollout import Group, sample
 
