@@ -85,7 +85,7 @@ class Config:
                                 "where it was measured")
     device: str = flag("", "cpu, cuda or mps; empty: cuda where there is one, else cpu")
     # --- the update: grpo.py explains each, README.md says which paper takes which ---
-    loss: str = of_update("grpo", "policy loss: what is clipped, and what a token weighs", choices=tuple(LOSSES))
+    loss: str = of_update("grpo", "policy loss: what is clipped, and what a token weighs", choices=LOSSES)
     advantage: str = of_update("group", "r - mean, divided by the group's std, by nothing, or by the batch's std",
                                choices=ADVANTAGES)
     clip_low: float = of_update(0.2, "the ratio may fall to 1 - this before its gradient stops")

@@ -1,53 +1,116 @@
-"""Group Relative Policy Optimization: rewards of a group in, one step of the policy out.
+"""Group Relative Policy Optimization: the rewards of a group in, one step of the policy out.
 
-    A_i = (r_i - mean(r)) / std(r)                                    how much better than its own group, no critic
-    rho_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)                  how far the policy has moved since it sampled
-    J = E[ 1/G sum_i 1/|o_i| sum_t min(rho_t A_i, clip(rho_t, 1-eps, 1+eps) A_i) - beta KL(pi || pi_ref) ]
+A prompt q is answered by G sampled completions o_1 .. o_G, and each of them gets a reward r_i, a plain number.
 
-(Shao et al. 2024, DeepSeekMath, eq. 3.) Kept from the paper: the group as baseline, the ratio of tokens, the clip, the
-KL inside the loss. Changed by default: the KL term is multiplied by the ratio, which makes its gradient exact
-(`--kl k3` is the paper's). What later papers changed, each in one visible line of `policy_loss`: Dr. GRPO (no std, no
-1/|o_i|), DAPO (asymmetric clip, all tokens weigh the same), GSPO (one ratio a sequence), CISPO (clip the weight, not
-the gradient).
+    A_i   = (r_i - mean(r)) / (std(r) + 1e-4)                `advantages`: better or worse than its own group
+    rho_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)         `ratio`: how far the policy moved since it sampled
+    J     = E[ 1/G sum_i 1/|o_i| sum_t min(rho_t A_i, clip(rho_t, 1 - clip_low, 1 + clip_high) A_i) - beta KL_t ]
+
+(Shao et al. 2024, DeepSeekMath, eq. 3.) `policy_loss` is -J, and `update` takes a step down. Here is why.
+
+**1. How does a gradient pass through sampling, and through a reward that cannot be differentiated?** It does not. We
+want a larger J = sum_o pi(o) r(o), and only pi depends on the weights. With grad pi = pi grad log pi,
+
+    grad J = sum_o r(o) grad pi(o) = sum_o pi(o) r(o) grad log pi(o) = E[r grad log pi]
+
+That is a mean over samples (the score function, or REINFORCE). Differentiate log pi(o) = sum_t log pi(o_t | q, o_<t)
+and multiply by the reward, which may come from anything: a program, a person. With two words and rewards 1 and 0:
+
+>>> z, r = torch.zeros(2, requires_grad=True), torch.tensor([1.0, 0.0])  # the words' logits, their rewards
+>>> p = z.softmax(0).detach()  # [2]; detached: sampling is not differentiated
+>>> torch.autograd.grad((z.softmax(0) * r).sum(), z)[0]  # the exact gradient of the expected reward
+tensor([ 0.2500, -0.2500])
+>>> torch.autograd.grad((p * r * z.log_softmax(0)).sum(), z)[0]  # the mean over samples
+tensor([ 0.2500, -0.2500])
+
+**2. Why may one subtract the mean?** E[b grad log pi] = b sum_o grad pi(o) = b grad 1 = 0 for any number b that does
+not depend on o. So a baseline b does not change the expected gradient, only its noise:
+
+>>> torch.autograd.grad((p * (r - 100) * z.log_softmax(0)).sum(), z)[0]
+tensor([ 0.2500, -0.2500])
+
+A good b is the reward that this prompt brings on average. PPO trains a second network, the critic, to guess it; GRPO
+takes the group's mean. That one holds r_i itself, so the expected gradient keeps its direction and (G - 1)/G of its
+length.
+More prompts or more completions? Take so many completions that most groups hold better and worse ones (the metric
+flat_groups is low). Then take more prompts. They average out both kinds of luck: which prompts came, and what was said
+to them. More completions average out the second kind only.
+
+**3. Old samples.** With several updates on one batch the samples are pi_old's, and rho corrects for it:
+E_old[rho A] = E[A]. Where pi = pi_old, rho is 1 and grad rho is grad log pi: then this is step 1 again.
+
+**4. The clip, and why min.** Far from 1, rho is mostly noise. So a token's gradient stops once the policy has followed
+A far enough, but not where the policy went the wrong way. A plain clip would stop both; the min tells them apart:
+
+    rho   A   min(rho A, clip(rho) A)   gradient by logp
+    1.5  +1          1.2                   0    good and already much likelier: enough
+    0.5  +1          0.5                 +0.5   good, but it became rarer: take it back
+    1.5  -1         -1.5                 -1.5   bad, but it became likelier: take it back
+    0.5  -1         -0.8                   0    bad and already much rarer: enough
+
+Does the clip act by default? No: with one update a batch (`--updates 1`) rho is 1, and nothing is clipped.
+
+**5. The KL** holds the policy near `ref_model`, so that it does not unlearn its language for the sake of the reward.
+The ref_model is a frozen copy of the policy from the start of the run and does not move. (`--stage-ref previous`: from
+the end of the stage before.) Under LoRA it is the policy itself without its adapters, and takes no memory.
+
+**6. Why is the loss about 0 at step 1, and the gradient not?** Where rho is 1, completion i adds -A_i to the loss, and
+the advantages of a group sum to 0. The gradients -A_i grad log pi(o_i) do not, since each o_i is another text. This
+holds for grpo and gspo, in which every completion weighs the same. With one update it holds at every step, and what you
+read is beta KL. In bnpo, dapo and dr_grpo a long completion weighs more, and cispo's terms are -A_i logp: those losses
+may read anything. No loss here measures progress; the reward does. Two completions, of 1 and of 3 tokens:
+
+>>> logp = torch.tensor([[[-1.0, 0.0, 0.0], [-1.0, -2.0, -3.0]]], requires_grad=True)  # [B=1, G=2, T=3]
+>>> mask = torch.tensor([[[True, False, False], [True, True, True]]])
+>>> for kind in KINDS:
+...     loss, _ = policy_loss(logp, None, None, torch.tensor([[1.0, -1.0]]), mask, kind)
+...     print(f"{kind:8}{loss:6.2f}", [round(g, 2) for g in torch.autograd.grad(loss, logp)[0][mask].tolist()])
+grpo      0.00 [-0.5, 0.17, 0.17, 0.17]
+dr_grpo   0.33 [-0.17, 0.17, 0.17, 0.17]
+bnpo      0.50 [-0.25, 0.25, 0.25, 0.25]
+dapo      0.50 [-0.25, 0.25, 0.25, 0.25]
+gspo      0.00 [-0.5, 0.17, 0.17, 0.17]
+cispo    -1.25 [-0.25, 0.25, 0.25, 0.25]
+
+Kept from the paper: the group as baseline, the ratio of tokens, the clip, the KL inside the loss. Changed by default:
+the KL is multiplied by the ratio, which makes its gradient exact (`--kl k3` is the paper's).
 
 Shapes: B prompts, G completions a prompt, T completion tokens (padded on the right), P prompt tokens, D hidden size;
 b of the B prompts and g of the G completions are in one micro-batch.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from model import Cache, Transformer, pad, token_logprobs
+from plumbing.micro_batches import MicroBatch, micro_batches
 
-LOSSES = ("grpo", "dr_grpo", "bnpo", "dapo", "gspo", "cispo")
-KLS = ("k1", "k2", "k3", "k3_ratio")
 ADVANTAGES = ("group", "mean", "batch")
+KLS = ("k1", "k2", "k3", "k3_ratio")
+# All that the losses differ in. Ratio: each token has its own, or the sequence has one. Surrogate: "clip" stops the
+# gradient outside the band; "weight" clips the factor in front of it, so that no token loses its gradient. Reduction:
+# the sum over tokens is divided so that each completion weighs the same, or each token, or by a constant.
+# Which one should I take? Start with grpo. In it, a token of a long completion weighs less; dr_grpo and dapo undo that.
+# (bnpo is the same number as dapo here. In trl it divides by the tokens of a micro-batch.) gspo and cispo matter from
+# --updates 2 on: where the ratio is 1, the policy's gradient depends on the reduction alone.
+# --- your experiment starts here: a loss is a line of this table, and what is new in it a branch of policy_loss ---
+KINDS = {
+    #           ratio       surrogate  reduction
+    "grpo":    ("token",    "clip",    "completions"),  # Shao et al. 2024, DeepSeekMath
+    "dr_grpo": ("token",    "clip",    "constant"),     # Liu et al. 2025, "R1-Zero-like"; with --advantage mean
+    "bnpo":    ("token",    "clip",    "tokens"),       # trl's name
+    "dapo":    ("token",    "clip",    "tokens"),       # Yu et al. 2025; with --clip-high 0.28 --beta 0
+    "gspo":    ("sequence", "clip",    "completions"),  # Zheng et al. 2025
+    "cispo":   ("token",    "weight",  "tokens"),       # MiniMax-M1, 2025; trl's epsilon_high is our 1 + clip_high
+}
+LOSSES = tuple(KINDS)
 
 
-def flag(default, help: str, **more):
-    """A dataclass field that documents itself: its help is the command line's help."""
-    return field(default=default, metadata={"help": help, **more})
-
-
-@dataclass
-class Config:
-    """What one update needs to know. `train.Config` adds what a run needs to know."""
-
-    loss: str = flag("grpo", "policy loss: what is clipped, and what a token weighs", choices=LOSSES)
-    advantage: str = flag("group", "r - mean, divided by the group's std, by nothing, or by the batch's std",
-                          choices=ADVANTAGES)
-    clip_low: float = flag(0.2, "the ratio may fall to 1 - this before its gradient stops")
-    clip_high: float = flag(0.2, "the ratio may rise to 1 + this before its gradient stops (DAPO: 0.28)")
-    beta: float = flag(0.05, "weight of the KL to the reference model; 0 needs no reference")
-    kl: str = flag("k3_ratio", "KL estimator in the loss; k2 and k3_ratio have the right gradient", choices=KLS)
-    updates: int = flag(1, "optimizer steps on each batch of completions (mu in the paper)")
-    temperature: float = flag(1.0, "of the sampler, and therefore of the loss")
-    grad_clip: float = flag(1.0, "largest norm of the whole gradient")
-    micro_tokens: int = flag(16384, "most tokens of one forward and backward: lower it when memory runs out")
-    max_new_tokens: int = flag(0, "where a completion is cut; 0: twice the target")
+def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
+    return ValueError(f"There is no {what} '{name}': take one of {', '.join(known)}.")
 
 
 def advantages(rewards: Tensor, kind: str = "group") -> Tensor:
@@ -55,18 +118,21 @@ def advantages(rewards: Tensor, kind: str = "group") -> Tensor:
 
     "group": (r - mean) / (std + 1e-4), as in the paper. The std is the unbiased one (divided by G - 1) and 1e-4 is
         added, as in trl. The biased one (divided by G) would give values larger by sqrt(G / (G - 1)): 7% at G = 8.
-    "mean":  r - mean (Dr. GRPO, Liu et al. 2025): groups whose rewards hardly differ are not blown up.
+    "mean":  r - mean (Dr. GRPO, Liu et al. 2025).
     "batch": r - the group's mean, divided by the std of all B*G rewards + 1e-4 (Liu et al. 2025, "Part I").
 
-    A group with equal rewards has nothing to say and gets exactly 0. The mean of equal floats need not be equal to
-    them, and dividing a rounding error by 1e-4 would make an advantage of it.
+    Why divide by the std? Then the scale of the reward does not matter: the learning rate that fits rewards in [0, 1]
+    fits rewards in [0, 100], and an easy prompt teaches as much as a hard one. When not? When a small spread is only
+    noise: dividing makes a difference of 0.01 as loud as one of 1. "mean" leaves each its own size.
 
-    >>> advantages(torch.tensor([[0.0, 1.0], [0.5, 0.5]]), "mean")
-    tensor([[-0.5000,  0.5000],
-            [ 0.0000,  0.0000]])
+    What if all rewards of a group are equal? It has nothing to say and gets exactly 0, whatever the kind.
+
+    >>> advantages(torch.tensor([[4.0, 0, 0, 0], [0.5, 0.5, 0.5, 0.5]]))  # mean 1 and std 2; then a flat group
+    tensor([[ 1.4999, -0.5000, -0.5000, -0.5000],
+            [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
     if kind not in ADVANTAGES:
-        raise ValueError(f"There is no advantage '{kind}': take one of {', '.join(ADVANTAGES)}.")
+        raise unknown("advantage", kind, ADVANTAGES)
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"GRPO compares completions of the same prompt, so a group needs at least 2 of them; rewards "
                          f"have shape {list(rewards.shape)} where [prompts, completions] is wanted. Raise --group.")
@@ -75,95 +141,107 @@ def advantages(rewards: Tensor, kind: str = "group") -> Tensor:
         raise ValueError("A reward is NaN or infinite: no advantage can be computed from it. Look at the reward.")
     a = rewards - rewards.mean(1, keepdim=True)  # [B, G]
     if kind == "group":
-        a = a / (rewards.std(1, keepdim=True) + 1e-4)
+        a = a / (rewards.std(1, keepdim=True) + 1e-4)  # [B, G]
     elif kind == "batch":
-        a = a / (rewards.std() + 1e-4)
+        a = a / (rewards.std() + 1e-4)  # [B, G]
+    # The mean of equal floats need not be equal to them. Divided by 1e-4, that rounding error would be an advantage.
     flat = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)  # [B, 1]
     return a.masked_fill(flat, 0.0)
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, advantages: Tensor, mask: Tensor,
-                kind: str = "grpo", clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.0, kl: str = "k3",
-                max_length: int | None = None, n_completions: int | None = None, n_tokens: int | None = None,
-                ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss to minimise, a scalar, and what to look at. A pure function of tensors.
+                kind: str = "grpo", *, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.0,
+                kl: str = "k3", max_length: int | None = None, n_completions: int | None = None,
+                n_tokens: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss to minimise, a scalar, and the metrics clip_frac, ratio and kl. A pure function of tensors.
 
     logp, old_logp, ref_logp [B, G, T]: log-probabilities, in nats, of the sampled tokens under the policy that is
-    trained, the one that sampled (None: the same one, so the ratio is 1 by construction) and the reference (None: no
-    KL). advantages [B, G]. mask [B, G, T] bool: True on sampled tokens, the stop token included.
+    trained, under the policy before the first step on this batch (None: the same one, so the ratio is 1), and under the
+    ref_model (None: no KL). advantages [B, G]. mask [B, G, T] bool: True on every sampled token, the stop token
+    included.
 
-    Per token:  L_t = -min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A) + beta KL_t
-        gspo:   rho = exp(mean_t log rho_t), one for the sequence (Zheng et al. 2025)
-        cispo:  L_t = -stop_gradient(min(rho_t, 1 + clip_high)) A logp_t, so that no token loses its gradient
-                (MiniMax-M1, 2025; trl's epsilon_high is our 1 + clip_high)
-    Over tokens:
-        grpo, gspo:         mean over completions of each one's mean over tokens
-        bnpo, dapo, cispo:  sum over all tokens / number of tokens in the batch
-        dr_grpo:            sum over all tokens / (completions x max_length)
+    `kl` is one of `kl_estimates`. The default here is k3, so that a bare call is the paper's loss and trl's. The
+    command line's default is k3_ratio, because its gradient is that of the KL which is logged.
 
-    KL_t estimates KL(pi || ref) from the sampled token, with x = ref_logp - logp (Schulman 2020). As a *number* k1 and
-    k3 are unbiased, k3 with less noise, and k2 is close while the policies are. As a *loss* they differ, because
-    autograd sees the log-probabilities but not that the tokens were drawn from them:
-        k1 = -x                 its expected gradient is zero: it does nothing
-        k2 = x^2 / 2            the exact gradient of KL(pi || ref)
-        k3 = e^x - x - 1        the gradient of KL(ref || pi), the other KL (the paper and most code use this one)
-        k3_ratio = rho k3       exact again, for ratios of tokens: the ratio carries the missing term (DeepSeek-V3.2)
-
-    When a batch is cut into micro-batches, `n_completions` and `n_tokens` are those of the whole batch: then the
-    micro-batch losses add up to the loss of the whole, whatever the cut.
+    When a batch is cut into micro-batches, `n_completions` and `n_tokens` are those of the whole batch. Then the losses
+    of the micro-batches add up to the loss of the whole, whatever the cut. `max_length`: dr_grpo's constant.
     """
-    for name, value, known in (("loss", kind, LOSSES), ("KL estimator", kl, KLS)):
-        if value not in known:
-            raise ValueError(f"There is no {name} '{value}': take one of {', '.join(known)}.")
+    if kind not in KINDS:
+        raise unknown("loss", kind, KINDS)
+    if kl not in KLS:
+        raise unknown("KL estimator", kl, KLS)
     if beta and ref_logp is None:
         raise ValueError(f"beta is {beta}, but there are no reference log-probabilities: pass ref_logp, or beta=0.")
-    T = logp.shape[-1]
-    n_completions = n_completions or logp.shape[0] * logp.shape[1]
+    ratio_of, surrogate, reduction = KINDS[kind]
+    n_completions = n_completions or mask[..., 0].numel()
     n_tokens = max(1, n_tokens or int(mask.sum()))
-    # Padding may hold anything, even NaN: it is put to 0 here, before any exp sees it.
+    # Padding may hold anything, even NaN. It is put to 0 here, before any exp sees it.
     logp = torch.where(mask, logp, 0.0)  # [B, G, T]
     old_logp = logp.detach() if old_logp is None else torch.where(mask, old_logp, 0.0)  # [B, G, T]
     A = advantages[..., None]  # [B, G, 1]
 
     log_ratio = logp - old_logp  # [B, G, T]
-    if kind == "gspo":
+    if ratio_of == "sequence":  # the mean over its tokens
         log_ratio = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)  # [B, G, 1]
-    ratio = log_ratio.exp()  # [B, G, T], gspo [B, G, 1]
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    if kind == "cispo":
+    elif ratio_of != "token":
+        raise unknown("ratio", ratio_of, ("token", "sequence"))
+    ratio = log_ratio.exp()  # [B, G, T], of sequences [B, G, 1]
+
+    high, low = ratio > 1 + clip_high, ratio < 1 - clip_low  # as ratio, bool
+    if surrogate == "clip":
+        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # as ratio
+        per_token = -torch.min(ratio * A, clipped * A).expand_as(logp)  # [B, G, T]; min: the four cases above
+        cut = high & (A > 0) | low & (A < 0)  # as ratio: whose gradient is 0
+    elif surrogate == "weight":
         per_token = -ratio.clamp(max=1 + clip_high).detach() * A * logp  # [B, G, T]
+        cut = high  # as ratio: whose weight is clipped
     else:
-        per_token = -torch.min(ratio * A, clipped * A).expand_as(logp)  # [B, G, T]
+        raise unknown("surrogate", surrogate, ("clip", "weight"))
 
-    def token_mean(x):
-        return (x.detach().expand_as(mask) * mask).sum() / mask.sum().clamp(min=1)
-
-    high, low = ratio > 1 + clip_high, ratio < 1 - clip_low  # [B, G, T] or [B, G, 1]
-    cut = high if kind == "cispo" else high & (A > 0) | low & (A < 0)
-    metrics = {"clip_frac": token_mean(cut.float()), "ratio": token_mean(ratio)}
+    metrics = {"clip_frac": token_mean(cut.float(), mask), "ratio": token_mean(ratio, mask)}
     if ref_logp is not None:
-        x = torch.where(mask, ref_logp, 0.0) - logp  # [B, G, T]
-        k3 = x.expm1() - x  # expm1: e^x - 1 cancels for the small x of a healthy run
-        metrics["kl"] = token_mean(k3)
-        per_token = per_token + beta * {"k1": -x, "k2": x ** 2 / 2, "k3": k3, "k3_ratio": ratio * k3}[kl]
+        estimates = kl_estimates(torch.where(mask, ref_logp, 0.0) - logp, ratio)  # [B, G, T] each
+        metrics["kl"] = token_mean(estimates["k3"], mask)
+        per_token = per_token + beta * estimates[kl]  # [B, G, T]
 
     per_token = per_token * mask  # [B, G, T]
-    if kind in ("grpo", "gspo"):
-        loss = (per_token.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / n_completions
-    elif kind in ("bnpo", "dapo", "cispo"):
-        loss = per_token.sum() / n_tokens
-    else:
-        loss = per_token.sum() / (n_completions * (max_length or T))
-    return loss, metrics
+    if reduction == "completions":
+        return (per_token.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / n_completions, metrics
+    if reduction == "tokens":
+        return per_token.sum() / n_tokens, metrics
+    if reduction == "constant":
+        return per_token.sum() / (n_completions * (max_length or logp.shape[-1])), metrics
+    raise unknown("reduction", reduction, ("completions", "tokens", "constant"))
+
+
+def kl_estimates(x: Tensor, ratio: Tensor) -> dict[str, Tensor]:
+    """x = ref_logp - logp and the ratio, [B, G, T] -> estimates of KL(pi || ref) from the sampled tokens, [B, G, T].
+
+    Which one, and why? As a *number* k1 and k3 are unbiased (Schulman 2020), k3 with less noise, and k2 is close while
+    the policies are. As a *loss* they differ, because autograd sees the log-probabilities, but not that the tokens were
+    drawn from them. The gradient is that of KL(pi || ref) for k2 and, if the ratio is that of tokens, for k3_ratio
+    (DeepSeek-V3.2): its ratio carries the missing term. k3 has the gradient of KL(ref || pi), the other KL, and most
+    code uses it. k1 has none but noise.
+    """
+    k3 = x.expm1() - x  # [B, G, T], e^x - 1 - x; expm1, because e^x - 1 cancels for the small x of a healthy run
+    return {"k1": -x, "k2": x ** 2 / 2, "k3": k3, "k3_ratio": ratio * k3}
+
+
+def token_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """x [B, G, T] or [B, G, 1] -> its mean over the sampled tokens, a scalar to look at: without a gradient."""
+    return (x.detach().expand_as(mask) * mask).sum() / mask.sum().clamp(min=1)
 
 
 def group_logprobs(model: Transformer, prompts: Sequence[Tensor], tokens: Tensor, mask: Tensor,
                    temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """b prompts of [P_i] tokens, completions tokens and mask [b, g, T] -> (logp, entropy) [b, g, T], 0 on padding.
 
-    The prompt runs through the model once for all g completions, with gradients: they attend to its keys and values,
-    and what each of them asks of the prompt adds up there. The same gradient as g copies of prompt + completion, for
-    P + g T tokens of work instead of g (P + T).
+    The prompt runs through the model once, and all g completions attend to its keys and values. Is the gradient the
+    same as with g copies of the prompt? Yes: autograd adds up what the g completions send back to those keys and
+    values, and a sum of gradients is the gradient of the sum. It costs P + g T tokens instead of g (P + T).
+
+    Why the temperature? The policy that acted is softmax(logits / temperature), so that one is trained. Why float32?
+    In bfloat16 a log-probability near -5 comes in steps of 0.03, so a ratio would be wrong by up to 1.6%.
     """
     b, g, T = tokens.shape
     padded, prompt_mask = pad(prompts)  # [b, P], [b, P]
@@ -181,112 +259,89 @@ def group_logprobs(model: Transformer, prompts: Sequence[Tensor], tokens: Tensor
     return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
 
 
-@dataclass
-class MicroBatch:
-    """Completions that go through the model together, and what the first pass over them finds out."""
-
-    prompts: list[Tensor]  # b x [P_i]
-    tokens: Tensor  # [b, g, T]
-    mask: Tensor  # [b, g, T] bool
-    sampler_logp: Tensor  # [b, g, T]
-    advantages: Tensor  # [b, g]
-    old_logp: Tensor | None = None  # [b, g, T] of the policy before the first step on this batch
-    ref_logp: Tensor | None = None  # [b, g, T]
-
-
-def micro_batches(groups: Sequence, advantages: Tensor, micro_tokens: int) -> list[MicroBatch]:
-    """Cut a batch of groups so that each piece holds at most `micro_tokens` tokens, padding included, longest first.
-
-    Longest first: a run that will not fit into memory fails on its first step and not on its hundredth. A group that
-    is too large by itself is cut into equal parts, each with its own copy of the prompt; a single row always goes.
-    """
-    G = len(groups[0].mask)
-    size = [(len(g.prompt), g.tokens.shape[1]) for g in groups]  # (P, T)
-    worst_P, worst_T = max(P for P, _ in size), max(T for _, T in size)
-    rows = max((g for g in range(1, G + 1) if G % g == 0 and worst_P + g * worst_T <= micro_tokens), default=1)
-    order = sorted(range(len(groups)), key=lambda i: (-size[i][0] - rows * size[i][1], i))
-    items = [(i, at) for i in order for at in range(0, G, rows)]
-    cuts: list[list[tuple[int, int]]] = [[]]
-    for item in items:
-        now = [*cuts[-1], item]
-        P, T = max(size[i][0] for i, _ in now), max(size[i][1] for i, _ in now)
-        if cuts[-1] and len(now) * (P + rows * T) > micro_tokens:
-            cuts.append([item])
-        else:
-            cuts[-1] = now
-    result = []
-    for cut in cuts:
-        T = max(size[i][1] for i, _ in cut)
-
-        def stack(name, cut=cut, T=T):
-            parts = [getattr(groups[i], name)[at:at + rows] for i, at in cut]
-            return torch.stack([torch.nn.functional.pad(p, (0, T - p.shape[1])) for p in parts])  # [b, g, T]
-
-        result.append(MicroBatch([groups[i].prompt for i, _ in cut], stack("tokens"), stack("mask"), stack("logp"),
-                                 torch.stack([advantages[i, at:at + rows] for i, at in cut])))
-    return result
-
-
 EXPLODED = 1e6  # normal losses are below 1 and normal gradients below 100: what is larger by so much leads nowhere
 
 
-def update(model: Transformer, reference: Transformer | None, groups: Sequence, optimizer: torch.optim.Optimizer,
-           config: Config) -> dict[str, float]:
-    """One batch of groups (with `rewards` [G] each) -> `config.updates` optimizer steps, and the metrics of the batch.
+def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, optimizer: torch.optim.Optimizer,
+           config) -> dict[str, float]:
+    """One batch of groups, with `rewards` of G floats each -> `config.updates` optimizer steps; returns the metrics.
+
+    config is any object with the fields loss, advantage, clip_low, clip_high, beta, kl, updates, temperature,
+    grad_clip, micro_tokens and max_new_tokens. Without a ref_model (None) there is no KL, whatever `config.beta` says.
 
     The metrics: loss, kl (k3, nats a token), entropy (nats a token), clip_frac, ratio, grad_norm, flat_groups (share
     of groups whose rewards are all equal), logp_gap (largest difference between the sampler's log-probabilities and
-    ours); with several updates, those of the last one. Without a reference (None) there is no KL, whatever
-    `config.beta` says; under LoRA the model is its own reference. Raises FloatingPointError when the loss or the
-    gradient is NaN or above EXPLODED (the weights are then as they were before this optimizer step), or when a weight
-    is not finite after it.
+    ours, before the first step). With several updates, the others are those of the last one.
+
+    Raises FloatingPointError when the loss or the gradient is NaN or above EXPLODED (the weights are then as they were
+    before this optimizer step), or when a weight is not finite after it.
     """
-    A = advantages(torch.stack([torch.as_tensor(g.rewards) for g in groups]), config.advantage)  # [B, G]
+    rewards = torch.stack([torch.as_tensor(g.rewards, dtype=torch.float32) for g in groups])  # [B, G]
+    A = advantages(rewards, config.advantage).to(groups[0].tokens.device)  # [B, G]
     flat = (A == 0).all(1)  # [B]
-    micros = micro_batches(groups, A.to(groups[0].tokens.device), config.micro_tokens)
-    n_completions = A.numel()
-    n_tokens = sum(int(m.mask.sum()) for m in micros)
-    max_length = config.max_new_tokens or max(g.tokens.shape[1] for g in groups)  # one for all micro-batches
-    beta = config.beta if reference is not None else 0.0
+    beta = config.beta if ref_model is not None else 0.0
     # Without a KL, a batch of flat groups has gradient zero; AdamW would still move by momentum and weight decay.
     learns = beta > 0 or not bool(flat.all())
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    # Pieces that fit into memory. If all of it fits, there is one piece: the groups, padded to the longest and stacked.
+    micros = micro_batches(groups, A, config.micro_tokens)
+    n_tokens = sum(int(m.mask.sum()) for m in micros)
+    whole = {"beta": beta, "n_completions": A.numel(), "n_tokens": n_tokens,
+             "max_length": config.max_new_tokens or max(g.tokens.shape[1] for g in groups)}
     metrics = {"flat_groups": flat.float().mean().item(), "grad_norm": 0.0, "logp_gap": 0.0}
-    for epoch in range(config.updates):
+    for _ in range(config.updates):
         optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, float] = {}
+        means: dict[str, float] = defaultdict(float)
         for m in micros:
             with torch.set_grad_enabled(learns):
-                logp, entropy = group_logprobs(model, m.prompts, m.tokens, m.mask, config.temperature)
-                if epoch == 0:
-                    if beta:
-                        # Under LoRA the reference is the policy itself without its adapters: no second copy.
-                        with torch.no_grad(), reference.adapters_off():
-                            m.ref_logp, _ = group_logprobs(reference, m.prompts, m.tokens, m.mask, config.temperature)
-                    gap = (logp.detach() - m.sampler_logp).abs().max().item()
-                    metrics["logp_gap"] = max(metrics["logp_gap"], gap)
-                loss, seen = policy_loss(logp, m.old_logp, m.ref_logp, m.advantages, m.mask, config.loss,
-                                         config.clip_low, config.clip_high, beta, config.kl,
-                                         max_length, n_completions, n_tokens)
+                loss, seen = micro_batch_loss(model, ref_model, m, config, whole)
             if not loss.abs() < EXPLODED:  # NaN is not smaller than anything
                 raise FloatingPointError(f"The loss is {loss.item()}: a log-probability or the KL exploded")
             if learns:
-                loss.backward()
-            if config.updates > 1 and epoch == 0:
-                m.old_logp = logp.detach()
+                loss.backward()  # the gradients of the micro-batches add up, as their losses do
             share = int(m.mask.sum()) / n_tokens
-            seen["entropy"] = entropy.sum() / m.mask.sum()
-            sums["loss"] = sums.get("loss", 0.0) + loss.item()
+            means["loss"] += loss.item()
             for name, value in seen.items():
-                sums[name] = sums.get(name, 0.0) + value.item() * share
-        metrics.update(sums)
+                means[name] += value.item() * share
+        metrics |= means
         if not learns:
             break
-        metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip).item()
-        if not metrics["grad_norm"] < EXPLODED:
-            raise FloatingPointError(f"The gradient's norm is {metrics['grad_norm']}")
-        optimizer.step()
-        if not torch.stack([p.sum() for p in parameters]).isfinite().all():  # faster than each element's own isfinite
-            raise FloatingPointError("A weight is not finite after the optimizer's step")
+        metrics["grad_norm"] = step_down(model, optimizer, config.grad_clip)
+    metrics["logp_gap"] = max(m.logp_gap for m in micros)
     optimizer.zero_grad(set_to_none=True)  # gradients are as large as the weights, and the sampler wants the room
     return metrics
+
+
+def micro_batch_loss(model: Transformer, ref_model: Transformer | None, m: MicroBatch, config,
+                     whole: dict) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of one micro-batch, and its metrics. `whole` is what it has to know of the whole batch.
+
+    The first pass over a micro-batch also keeps what later updates compare with: old_logp and ref_logp.
+    """
+    logp, entropy = group_logprobs(model, m.prompts, m.tokens, m.mask, config.temperature)  # [b, g, T] each
+    old_logp = m.old_logp  # [b, g, T], or None in the first pass: the model is still the one that sampled
+    if old_logp is None:
+        # Kept for the second update on; with one update old_logp is logp itself, and the ratio is 1. Why not take the
+        # sampler's own logp? It was computed token by token, so it is rounded differently, and under top_k or top_p it
+        # is that of another distribution. It serves as an alarm: where the gap is large, one of the two is wrong.
+        m.old_logp = logp.detach()  # [b, g, T]
+        m.logp_gap = (m.old_logp - m.sampler_logp).abs().max().item()
+        if whole["beta"]:
+            # Under LoRA the ref_model is the policy itself without its adapters: no second copy.
+            with torch.no_grad(), ref_model.adapters_off():
+                m.ref_logp, _ = group_logprobs(ref_model, m.prompts, m.tokens, m.mask, config.temperature)  # [b, g, T]
+    loss, metrics = policy_loss(logp, old_logp, m.ref_logp, m.advantages, m.mask, kind=config.loss, kl=config.kl,
+                                clip_low=config.clip_low, clip_high=config.clip_high, **whole)
+    return loss, metrics | {"entropy": entropy.sum() / m.mask.sum()}
+
+
+def step_down(model: Transformer, optimizer: torch.optim.Optimizer, largest_norm: float) -> float:
+    """Shorten the gradient to `largest_norm` if it is longer, and take the optimizer's step -> the norm it had."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, largest_norm).item()
+    if not norm < EXPLODED:
+        raise FloatingPointError(f"The gradient's norm is {norm}")
+    # Weights are float32: a step of 1e-6 added to a bfloat16 weight of 0.02, whose grid is 1e-4 wide, would be lost.
+    optimizer.step()
+    if not torch.stack([p.sum() for p in parameters]).isfinite().all():  # faster than each element's own isfinite
+        raise FloatingPointError("A weight is not finite after the optimizer's step")
+    return norm

@@ -6,6 +6,8 @@ slow update written out below in Python loops that a reader can check against th
 
 import copy
 import doctest
+import itertools
+import re
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -18,7 +20,8 @@ from torch.nn.utils import parameters_to_vector
 from torch.testing import assert_close
 
 import grpo
-from grpo import ADVANTAGES, KLS, LOSSES, Config, advantages, group_logprobs, micro_batches, policy_loss, update
+from config import Config
+from grpo import ADVANTAGES, KINDS, KLS, LOSSES, advantages, group_logprobs, micro_batches, policy_loss, update
 from model import Transformer, read_config
 from rollout import Group, sample
 
@@ -35,7 +38,62 @@ def close(a, b, atol=1e-12):
 
 def test_worked_examples_in_the_docstrings_hold():
     results = doctest.testmod(grpo)
-    assert results.attempted >= 1 and results.failed == 0
+    assert results.attempted >= 9 and results.failed == 0
+
+
+# ------------------------------------------------------------------------------------------------------ the derivation
+
+
+def expected_loss_gradient(z, rewards_of, G, kind="mean"):
+    """The mean, over all possible groups of G one-token completions and by their probability, of the loss's gradient.
+
+    No luck and no formula: every group that can be sampled is made, scored and given to `advantages` and `policy_loss`.
+    """
+    log_p = z.log_softmax(0)  # [V]
+    total = 0.0
+    for words in itertools.product(range(len(z)), repeat=G):
+        words = tensor(words)  # [G]
+        A = advantages(rewards_of(words)[None], kind).double()  # [1, G]
+        loss, _ = policy_loss(log_p[words][None, :, None], None, None, A, torch.ones(1, G, 1, dtype=torch.bool))
+        total = total + log_p[words].sum().exp().detach() * loss
+    return torch.autograd.grad(total, z)[0]
+
+
+@pytest.mark.parametrize("G", [2, 3, 5])
+def test_the_mean_of_the_samples_is_the_gradient_of_the_expected_reward(G):
+    """Steps 1 and 2 of the derivation, to the last digit: no reward was differentiated, and the gradient is right.
+
+    The group's mean holds the completion's own reward, which shortens the gradient to (G - 1) / G and does not turn it.
+    """
+    z = tensor([0.3, -0.5, 1.1], dtype=torch.float64, requires_grad=True)  # logits of three words
+    r = tensor([1.0, 3.0, -0.5])  # [V]
+    (exact,) = torch.autograd.grad((z.softmax(0) * r).sum(), z)
+    close(expected_loss_gradient(z, lambda words: r[words], G), -exact * (G - 1) / G, 1e-6)
+
+
+def test_a_baseline_changes_no_expected_gradient():
+    """The same for rewards that are all 7 higher; a group of equal rewards adds nothing, whatever their level."""
+    z = tensor([0.3, -0.5, 1.1], dtype=torch.float64, requires_grad=True)
+    r = tensor([1.0, 3.0, -0.5])
+    for kind in ADVANTAGES:
+        close(expected_loss_gradient(z, lambda words: r[words] + 7, 3, kind),
+              expected_loss_gradient(z, lambda words: r[words], 3, kind), 1e-5)
+    assert (expected_loss_gradient(z, lambda words: torch.full((3,), 7.0), 3) == 0).all()
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_which_losses_read_zero_while_their_gradient_is_not(kind):
+    """Step 6 of the derivation. Where the ratio is 1, grpo and gspo read 0 whatever was said.
+
+    Losses in which a long completion weighs more do so only where all are equally long, and cispo never. The gradient
+    is there in every case: a loss of 0 does not say that nothing is learnt.
+    """
+    for lengths, zero in (([4, 1, 2, 4], {"grpo", "gspo"}), ([4, 4, 4, 4], {*LOSSES} - {"cispo"})):
+        mask = (torch.arange(4) < tensor(lengths)[:, None])[None]  # [1, 4, 4]
+        logp = torch.linspace(-4, -1, 16, dtype=torch.float64).reshape(1, 4, 4).requires_grad_()
+        loss, _ = policy_loss(logp, None, None, advantages(tensor([[3.0, 1, 0, 7]])).double(), mask, kind)
+        assert (abs(loss.item()) < 1e-7) == (kind in zero)
+        assert torch.autograd.grad(loss, logp)[0].abs().max() > 0.05
 
 
 # ---------------------------------------------------------------------------------------------------------- advantages
@@ -244,7 +302,7 @@ def exact_kl(theta, ref, reverse=False):
 
 @pytest.fixture
 def dice():
-    """A policy and a reference over five tokens, far enough apart to tell the two KLs from each other."""
+    """A policy and a frozen one over five tokens, far enough apart to tell the two KLs from each other."""
     torch.manual_seed(0)
     return torch.randn(5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64)
 
@@ -445,6 +503,40 @@ def test_an_unknown_name_is_answered_with_the_known_ones(call, known):
         call()
 
 
+@pytest.mark.parametrize("row, what, known", [
+    (("word", "clip", "tokens"), "ratio 'word'", "token, sequence"),
+    (("token", "clap", "tokens"), "surrogate 'clap'", "clip, weight"),
+    (("sequence", "clip", "words"), "reduction 'words'", "completions, tokens, constant"),
+    (("", "", ""), "ratio ''", "token, sequence")])
+def test_a_loss_of_unknown_parts_is_refused(monkeypatch, row, what, known):
+    """A line that a forker adds to the table never falls into whichever branch comes last."""
+    monkeypatch.setitem(KINDS, "mine", row)
+    with pytest.raises(ValueError, match=f"There is no {what}: take one of {known}"):
+        policy_loss(**ragged_batch("mine"))
+
+
+def test_a_loss_is_a_line_of_the_table(monkeypatch):
+    """A new kind is put together from known parts, and those of an old kind give that kind's number."""
+    assert LOSSES == tuple(KINDS) and len(set(KINDS.values())) == len(KINDS) - 1  # bnpo and dapo are one and the same
+    for kind, row in list(KINDS.items()):
+        monkeypatch.setitem(KINDS, "mine", row)
+        same, wanted = loss_and_gradient(ragged_batch("mine")), loss_and_gradient(ragged_batch(kind))
+        assert same[0] == wanted[0] and same[1].equal(wanted[1]) and same[2] == wanted[2]
+    monkeypatch.setitem(KINDS, "mine", ("sequence", "weight", "constant"))
+    assert all(loss_and_gradient(ragged_batch("mine"))[0] != loss_and_gradient(ragged_batch(k))[0] for k in LOSSES)
+
+
+def test_the_numbers_of_a_loss_are_given_by_name():
+    """Of five numbers in a row, two are swapped sooner or later. A bare call is the paper's loss: k3, clip 0.2."""
+    x = ragged_batch()
+    first = [x[n] for n in ("logp", "old_logp", "ref_logp", "advantages", "mask")]
+    with pytest.raises(TypeError, match="positional"):
+        policy_loss(*first, "grpo", 0.2, 0.28)
+    loss, _ = policy_loss(*first, beta=0.3)
+    assert loss == policy_loss(*first, "grpo", clip_low=0.2, clip_high=0.2, beta=0.3, kl="k3")[0]
+    assert loss != policy_loss(*first, beta=0.3, kl="k3_ratio")[0]
+
+
 def test_a_kl_without_a_reference_is_refused():
     """A beta that has nothing to pull to would silently be a beta of 0."""
     with pytest.raises(ValueError, match="no reference"):
@@ -468,7 +560,7 @@ def tiny_model(seed=0, dtype=torch.float64, family="qwen2"):
 
 
 def drifted(model, by=0.05):
-    """A relative of the model, as a policy is of its reference: the KL between them is a few tenths."""
+    """A relative of the model, as a policy is of its ref_model: the KL between them is a few tenths."""
     other, g = copy.deepcopy(model), torch.Generator().manual_seed(9)
     with torch.no_grad():
         for p in other.parameters():
@@ -604,7 +696,7 @@ def test_micro_batches_hold_every_row_once_and_no_more_than_fits(shape):
 # --------------------------------------------------------------------------------------------- one update, by the book
 
 
-def naive_update(model, reference, groups, config, lr):
+def naive_update(model, ref_model, groups, config, lr):
     """GRPO as the papers write it: full copies, one row and one token at a time, plain gradient descent.
 
     Returns what the last step saw: the loss, the norm of its gradient, mean KL, share of clipped tokens.
@@ -615,7 +707,7 @@ def naive_update(model, reference, groups, config, lr):
     lengths = [len(completion) for _, completion, _ in rows]
     with torch.no_grad():
         old = [full_copy(model, p, o, config.temperature)[0] for p, o, _ in rows]
-        ref = [full_copy(reference, p, o, config.temperature)[0] for p, o, _ in rows]
+        ref = [full_copy(ref_model, p, o, config.temperature)[0] for p, o, _ in rows]
     for _ in range(config.updates):
         loss, kls, cut = 0.0, 0.0, 0
         for (p, o, a), before, there in zip(rows, old, ref):
@@ -652,10 +744,10 @@ def naive_update(model, reference, groups, config, lr):
     return {"loss": loss.item(), "grad_norm": norm.item(), "kl": kls / sum(lengths), "clip_frac": cut / sum(lengths)}
 
 
-def step(groups, config, reference=None, lr=1.0, start=0):
+def step(groups, config, ref_model=None, lr=1.0, start=0):
     """One update of a fresh tiny model with plain gradient descent -> (its weights, metrics)."""
     model = tiny_model(start)
-    metrics = update(model, reference, groups, torch.optim.SGD(model.parameters(), lr=lr), config)
+    metrics = update(model, ref_model, groups, torch.optim.SGD(model.parameters(), lr=lr), config)
     return parameters_to_vector(model.parameters()).detach(), metrics
 
 
@@ -668,13 +760,13 @@ def test_an_update_is_what_the_papers_say(kind, kl, updates):
     equal those of the loops above, so everything between rewards and weights is right at once: which policy is the old
     one, temperature, mask, divisor, KL, gradient clipping.
     """
-    groups, reference, start = random_groups(), drifted(tiny_model()), tiny_model()
+    groups, ref_model, start = random_groups(), drifted(tiny_model()), tiny_model()
     config = Config(loss=kind, kl=kl, beta=0.1, updates=updates, temperature=0.7, clip_high=0.28, grad_clip=0.9,
                     max_new_tokens=9, micro_tokens=40,
                     advantage={"dr_grpo": "mean", "dapo": "batch"}.get(kind, "group"))
     slow = copy.deepcopy(start)
-    want = naive_update(slow, reference, groups, config, lr=0.05)
-    fast, metrics = step(groups, config, reference, lr=0.05)
+    want = naive_update(slow, ref_model, groups, config, lr=0.05)
+    fast, metrics = step(groups, config, ref_model, lr=0.05)
     close(fast, parameters_to_vector(slow.parameters()).detach(), 1e-9)
     assert {n: metrics[n] for n in want} == pytest.approx(want, abs=1e-7)
     assert 0 < metrics["clip_frac"] < 0.7 and metrics["flat_groups"] == 0
@@ -688,14 +780,35 @@ def test_an_update_does_not_depend_on_the_memory_it_may_use(kind, max_new_tokens
     Otherwise a run could not be repeated on a smaller machine. dr_grpo's divisor is the length where completions are
     cut; where that is not told (0), it still may not be the padding of whatever piece a row happens to be in.
     """
-    groups, reference = random_groups(), drifted(tiny_model())
+    groups, ref_model = random_groups(), drifted(tiny_model())
     results = [step(groups, Config(loss=kind, beta=0.1, updates=2, max_new_tokens=max_new_tokens, micro_tokens=m,
-                                   grad_clip=1e9), reference, lr=0.2) for m in (10 ** 9, 40, 1)]
+                                   grad_clip=1e9), ref_model, lr=0.2) for m in (10 ** 9, 40, 1)]
     pieces = [len(micro_batches(groups, torch.zeros(3, 4), m)) for m in (10 ** 9, 40, 1)]
     assert pieces[0] == 1 < pieces[1] < pieces[2] == 12
     for weights, metrics in results[1:]:
         close(weights, results[0][0], 1e-10)
         assert metrics == pytest.approx(results[0][1], abs=1e-6)
+
+
+def test_an_update_takes_any_object_with_the_fields_that_it_names():
+    """So another program's settings will do. The names are read from the docstring, and one missing field is missed."""
+    listed = re.search(r"with the fields ([\w\s,]+)\.", update.__doc__)[1]
+    names = re.split(r",\s+|\s+and\s+", listed)
+    values = {name: getattr(Config(), name) for name in names}
+    groups, ref_model = random_groups(), drifted(tiny_model())
+    close(step(groups, SimpleNamespace(**values), ref_model)[0], step(groups, Config(), ref_model)[0], 0)
+    for name in names:
+        with pytest.raises(AttributeError, match=name):
+            step(groups, SimpleNamespace(**{n: v for n, v in values.items() if n != name}), ref_model)
+
+
+def test_rewards_may_be_plain_floats_or_a_tensor():
+    """Whoever scores a group needs no torch; integers will do as well."""
+    plain, tensors = random_groups(), random_groups()
+    for a, b, whole in zip(plain, tensors, ([1, 0, 2, 5], [0.5, 0.25, 0, -1], [3, 3, 3, 3])):
+        a.rewards, b.rewards = whole, tensor(whole, dtype=torch.float64)
+    assert step(plain, Config())[0].equal(step(tensors, Config())[0])
+    assert step(plain, Config())[1] == step(tensors, Config())[1]
 
 
 @every_loss
@@ -713,7 +826,7 @@ def test_a_batch_with_nothing_to_learn_moves_no_weight(updates):
 
     The optimizer is warm, so it would; the weights stay the same to the bit. With a KL there is something to learn.
     """
-    model, reference = tiny_model(), drifted(tiny_model())
+    model, ref_model = tiny_model(), drifted(tiny_model())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     groups = random_groups()
     update(model, None, groups, optimizer, Config(beta=0.0))
@@ -721,10 +834,10 @@ def test_a_batch_with_nothing_to_learn_moves_no_weight(updates):
     flat = random_groups()
     for g in flat:
         g.rewards = torch.full((4,), 0.1)
-    metrics = update(model, reference, flat, optimizer, Config(beta=0.0, updates=updates))
+    metrics = update(model, ref_model, flat, optimizer, Config(beta=0.0, updates=updates))
     assert parameters_to_vector(model.parameters()).equal(before)
     assert metrics["flat_groups"] == 1 and metrics["grad_norm"] == 0 and metrics["entropy"] > 0
-    update(model, reference, flat, optimizer, Config(beta=0.1, updates=updates))
+    update(model, ref_model, flat, optimizer, Config(beta=0.1, updates=updates))
     assert not parameters_to_vector(model.parameters()).equal(before)
 
 
@@ -771,6 +884,8 @@ def test_logp_gap_finds_a_single_wrong_number():
     assert step(groups, Config())[1]["logp_gap"] < 1e-5
     groups[0].logp[2, 0] += 0.5
     assert step(groups, Config())[1]["logp_gap"] == pytest.approx(0.5, abs=1e-5)
+    # It compares the policies before the first step. Later ones have moved, as they should.
+    assert step(groups, Config(updates=3), lr=0.2)[1]["logp_gap"] == pytest.approx(0.5, abs=1e-5)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])

@@ -7,6 +7,7 @@ import torch
 from helpers import assert_same, byte_bpe, edit_json, gradients, refusal, tiny_model, tokens
 
 import grpo
+from config import Config
 from model import Transformer, add_lora, load, load_adapters, merge_lora, save, save_adapters
 from rollout import Group
 
@@ -197,7 +198,7 @@ def test_the_model_without_adapters_is_the_reference_of_an_update():
                         torch.zeros(4, 6), torch.zeros(4, dtype=torch.bool), [""] * 4,
                         rewards=torch.tensor([0.0, 1.0, 2.0, 5.0]))]
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        metrics = grpo.update(model, reference_of(model), groups, optimizer, grpo.Config(beta=0.5))
+        metrics = grpo.update(model, reference_of(model), groups, optimizer, Config(beta=0.5))
         return model, metrics
 
     model, own = run(lambda model: model)
