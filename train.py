@@ -26,7 +26,8 @@ import grpo
 import rewards
 from config import Config, Stage, budgets_of, check, open_run, parse_stages, read_arguments
 from eval import ask, content_lengths, opened, room_for, within
-from model import add_lora, load, save, save_adapters
+from lora import add_lora, save_adapters
+from model import load, save
 from plumbing import memory
 from plumbing.adamw import AdamW
 from plumbing.checkpoint import load_checkpoint, save_checkpoint, stage_reference

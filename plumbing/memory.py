@@ -69,7 +69,7 @@ def tidy(model) -> None:
     except (AttributeError, OSError, TypeError):
         return  # musl, macOS, Windows
 
-    first, last = model.layers[0], getattr(model, model.last_norm)
+    first, last = model.layers[0], model.norm
 
     def give_back(layer, args):
         # Under checkpointing, gradients are on just before the layer is differentiated. And where a pass over more than

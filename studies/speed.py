@@ -36,8 +36,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
 import squish as sq
+from lora import add_lora
 from metrics import bleu, meteor, rouge_l, words_13a
-from model import Transformer, add_lora, load, read_config, save
+from model import Transformer, load, read_config, save
 from plumbing import memory
 from plumbing.posts import TINY
 from plumbing.words import find_wordnet

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import tiny_model
 
-from model import add_lora
+from lora import add_lora
 from plumbing import memory
 
 ROOT = Path(__file__).resolve().parents[1]
