@@ -1,6 +1,20 @@
 """LoRA (Hu et al. 2021): small trainable matrices beside frozen ones, in memory and in PEFT's files.
 
-A layer computes W x + alpha/rank B A x (`layers.Linear`); A is [rank, in], B [out, rank].
+    y = W x + alpha/rank B A x          A [rank, in], B [out, rank]
+
+W is frozen, so neither a gradient nor moments of it take memory. Qwen2.5-0.5B has 494 million weights, and adapters of
+rank 16 on all its projections have 8.8 million. Without the second term the model is its own base
+(`model.adapters_off`): the KL's `ref_model` costs nothing.
+
+With g = dL/d(W + alpha/rank B A) [out, in], the adapters' gradients are
+
+    dL/dA = alpha/rank B^T g            zero at the first step, since B starts as zero
+    dL/dB = alpha/rank g A^T            so B moves first, and A from the second step on
+
+alpha is divided by the rank so that another rank hardly asks for another learning rate.
+
+The arithmetic is in `model.Linear`; here adapters are made, merged, written and read. Projections are called what the
+model's folder calls them: q_proj, and for lfm2 w1 where the others say gate_proj.
 """
 
 import json
@@ -11,22 +25,37 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
-from layers import Linear
-from plumbing.folder import read_json, write_files
+from model import Linear, Transformer
+from plumbing.folder import file_name, read_json, write_files
+
+FACTORS = ("lora_A", "lora_B")
+# What PEFT's adapter_config.json may switch on and `model.Linear` does not compute.
+NOT_COMPUTED = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication",
+                "lora_bias", "fan_in_fan_out")
 
 
-def add_lora(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = (), seed: int = 0) -> None:
-    """Freeze the model and give every projection named in `targets` (none: all) an adapter (Hu et al. 2021, LoRA).
+def projections(model: Transformer) -> dict[str, Linear]:
+    """All that may have an adapter, in the model's order: `layers.0.self_attn.q_proj` -> module, names as in files."""
+    family = model.config.model_type
+    return {file_name(name, family): m for name, m in model.named_modules() if isinstance(m, Linear)}
 
-        y = W x + alpha/rank B A x        A [rank, in] random, B [out, rank] zero: the first step begins at the base
 
-    A is drawn as in PEFT, uniform in +-1/sqrt(in). Adapters are float32 whatever the weights are. Their parameters are
-    called `....q_proj.lora_A`; an optimizer takes those that require a gradient.
+def last_part(name: str) -> str:
+    """What a target calls a projection: `layers.0.self_attn.q_proj` -> `q_proj`."""
+    return name.rpartition(".")[2]
+
+
+def add_lora(model: Transformer, rank: int, alpha: float, targets: Sequence[str] = (), seed: int = 0) -> None:
+    """Freeze the model and give every projection named in `targets` (none: all) an adapter.
+
+    A is drawn as in PEFT, uniform in +-1/sqrt(in), and B is zero: the first step begins at the base. Adapters are
+    float32 whatever the weights are. They are parameters called lora_A and lora_B; an optimizer takes those that
+    require a gradient. Raises ValueError for a bad rank, alpha or target, and where there are adapters already.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
-    known = dict.fromkeys(name.rpartition(".")[2] for name in layers)
+    layers = projections(model)
+    known = dict.fromkeys(last_part(name) for name in layers)
     targets = targets or list(known)
     unknown = [t for t in targets if t not in known]
     if rank < 1 or not alpha > 0 or unknown:
@@ -35,56 +64,62 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] =
     if any(m.lora_A is not None for m in layers.values()):
         raise ValueError("This model has adapters already: merge_lora them first.")
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # one for all adapters, drawn in the model's order
     for name, m in layers.items():
-        if name.rpartition(".")[2] in targets:
+        if last_part(name) in targets:
             (out, size), device = m.weight.shape, m.weight.device
             A = (torch.rand(rank, size, generator=generator) * 2 - 1) / math.sqrt(size)  # [rank, in]
             m.lora_A = nn.Parameter(A.to(device))
             m.lora_B = nn.Parameter(torch.zeros(out, rank, device=device))  # [out, rank]
-            m.scale = alpha / rank
-
-
-def effective_weight(m: Linear) -> Tensor:
-    """W + alpha/rank B A [out, in], in the dtype of W."""
-    if m.lora_A is None:
-        return m.weight
-    return (m.weight.to(m.lora_A.dtype) + m.scale * m.lora_B @ m.lora_A).to(m.weight.dtype)
+            m.lora_scale = alpha / rank
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module) -> None:
-    """Put W + alpha/rank B A where W was and drop the adapters: a plain model again, all of it trainable."""
-    for m in model.modules():
-        if isinstance(m, Linear):
-            m.weight.copy_(effective_weight(m))
-            m.lora_A = m.lora_B = None
+def merge_lora(model: Transformer) -> None:
+    """Put W + alpha/rank B A where W was and drop the adapters: a plain model again, all of it trainable.
+
+    In bf16 the sum is rounded to W's 8 bits, so the merged model differs a little from the one with adapters.
+    """
+    for m in projections(model).values():
+        m.weight.copy_(m.merged())
+        m.lora_A = m.lora_B = None
     model.requires_grad_(True)
 
 
-def save_adapters(model: nn.Module, path: str | Path, base: str = "") -> None:
-    """Write the adapters alone, in PEFT's format; `base` is the name or folder of the model that they belong to."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.lora_A is not None}
+def save_adapters(model: Transformer, path: str | Path, base: str = "") -> None:
+    """Write the adapters alone, in PEFT's format; `base` is the name or folder of the model that they belong to.
+
+    adapter_config.json says how to compute them, adapter_model.safetensors holds A and B of each projection. Raises
+    ValueError where there are none, OSError where they cannot be written; old files then stay whole.
+    """
+    layers = {name: m for name, m in projections(model).items() if m.lora_A is not None}
     if not layers:
         raise ValueError("There are no adapters to save: add_lora first.")
     first = next(iter(layers.values()))
     rank = len(first.lora_A)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
-              "lora_alpha": first.scale * rank, "target_modules": sorted({n.rpartition(".")[2] for n in layers}),
+              "lora_alpha": first.lora_scale * rank, "target_modules": sorted(set(map(last_part, layers))),
               "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
-    state = {f"base_model.model.model.{name}.{which}.weight": getattr(m, which).detach().cpu().contiguous()
-             for name, m in layers.items() for which in ("lora_A", "lora_B")}
+    state = {}
+    for name, m in layers.items():
+        for factor in FACTORS:
+            tensor = getattr(m, factor).detach().cpu().contiguous()  # [rank, in] or [out, rank]
+            state[f"base_model.model.model.{name}.{factor}.weight"] = tensor
     text = json.dumps(config, indent=2) + "\n"
     write_files({
         Path(path) / "adapter_model.safetensors": lambda part: save_file(state, part, metadata={"format": "pt"}),
         Path(path) / "adapter_config.json": lambda part: part.write_text(text, encoding="utf-8")})
 
 
-def load_adapters(model: nn.Module, path: str | Path) -> None:
-    """Give the model the adapters of a PEFT folder, ready to be trained further; the rest of it is frozen."""
+@torch.no_grad()
+def load_adapters(model: Transformer, path: str | Path) -> None:
+    """Give the model the adapters of a PEFT folder, ready to be trained further; the rest of it is frozen.
+
+    Raises ValueError or FileNotFoundError, with the file and the tensor, where the adapters are not for this model or
+    ask for more than plain LoRA.
+    """
     file, raw = Path(path) / "adapter_model.safetensors", read_json(Path(path) / "adapter_config.json")
-    wrong = [key for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern",
-                             "layer_replication", "lora_bias", "fan_in_fan_out") if raw.get(key)]
+    wrong = [key for key in NOT_COMPUTED if raw.get(key)]
     if raw.get("peft_type") != "LORA" or raw.get("bias", "none") != "none" or wrong:
         raise ValueError(f"{path}/adapter_config.json asks for {', '.join(wrong) or 'another method than plain LoRA'}, "
                          f"which crisp does not compute.")
@@ -94,20 +129,21 @@ def load_adapters(model: nn.Module, path: str | Path) -> None:
         state = load_file(file)
     except SafetensorError as e:
         raise ValueError(f"{file} is not a whole safetensors file ({e}): copy it again.") from e
-    names = {}  # (module, lora_A or lora_B) -> key. The file's names decide: `target_modules` may be a pattern
+    keys = {}  # (projection, factor) -> key in the file
     for key in state:
         name = key.removeprefix("base_model.model.").removeprefix("model.").removesuffix(".weight")
-        names[name.rpartition(".")[::2]] = key
-    add_lora(model, raw.get("r", 0), raw.get("lora_alpha", 0), list({name.rpartition(".")[2] for name, _ in names}))
-    for name, m in model.named_modules():
-        if isinstance(m, Linear) and m.lora_A is not None:
-            for which in ("lora_A", "lora_B"):
-                key = names.pop((name, which), None)
-                here = None if key is None else state[key]
-                if here is None or here.shape != getattr(m, which).shape:
-                    says = "lacks" if here is None else f"has another shape, {list(here.shape)}, for"
-                    raise ValueError(f"{file} {says} {name}.{which}: is it made for this model?")
-                with torch.no_grad():
-                    getattr(m, which).copy_(here)
-    if names:
-        raise ValueError(f"{file} holds '{next(iter(names.values()))}', which the model has no place for.")
+        keys[name.rpartition(".")[::2]] = key
+    # The tensors say which projections have adapters: `target_modules` may be a pattern.
+    targets = list({last_part(name) for name, _ in keys})
+    add_lora(model, raw.get("r", 0), raw.get("lora_alpha", 0), targets)
+    for name, m in projections(model).items():
+        for factor in FACTORS if m.lora_A is not None else ():
+            key, empty = keys.pop((name, factor), None), getattr(m, factor)
+            if key is None:
+                raise ValueError(f"{file} lacks {name}.{factor}: is it made for this model?")
+            if state[key].shape != empty.shape:
+                raise ValueError(f"{file} has another shape, {list(state[key].shape)}, for {name}.{factor}: "
+                                 f"is it made for this model?")
+            empty.copy_(state[key])
+    if keys:
+        raise ValueError(f"{file} holds '{next(iter(keys.values()))}', which the model has no place for.")

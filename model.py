@@ -1,50 +1,245 @@
-"""The policy: a decoder-only transformer, read from and written to a Hugging Face folder.
+"""The policy: a decoder-only transformer that reads and writes Hugging Face folders.
 
-One class serves every family: `qwen2`, `qwen3` and `llama` differ by three switches (a bias on q/k/v, a norm on q and
-k, an explicit head size), and the switches are set by the folder's own `config.json`. `lfm2` has a short convolution in
-place of attention on most layers, and other names. Module names are the names in the safetensors file, so that loading
-is a dictionary and not a translation.
+    x = E[tokens]                                      embedding                     [N, T, D]
+    x = x + operator(norm(x));  x = x + mlp(norm(x))   once a layer                  [N, T, D]
+    logits = norm(x) E^T                               or a matrix of its own for E  [N, T, V]
 
-Read `layers.py` with it: this file says how layers make a model, and that one how a layer is made. What a reader may
-skip at first stands elsewhere: a folder's config and download in `folder.py`, adapters in `lora.py`.
+One class serves four families. `qwen2`, `qwen3` and `llama` differ by three switches (a bias on q, k and v; a norm on
+q and k; an explicit head size) that the folder's `config.json` sets. `lfm2` has a short convolution in place of
+attention on most layers. Modules have the same names for all; a table in `plumbing/folder.py` translates them into the
+files' names. What changes only speed or memory stands in `plumbing/` too. Adapters (LoRA) are made in `lora.py`.
 
 Shapes: N rows (= B prompts x G completions, or just rows), T tokens of this call, S tokens a row has read since its
-prompt, P prompt tokens, V vocabulary, D hidden size, K key/value heads, hd head size, L width of LFM2's convolution.
+prompt (those of this call included), P prompt tokens, V vocabulary, D hidden size, H query heads, K key/value heads,
+hd head size, L width of LFM2's convolution.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from layers import Layer, Lfm2Layer, Linear, RMSNorm, rope_table
-from lora import add_lora, effective_weight, load_adapters, merge_lora, save_adapters
-from plumbing.folder import SIDECARS, Config, find_folder, read_config, read_json, read_weights, write_files
-from plumbing.products import linear, packed, to_logits, wide, widen
+from plumbing.attention import attend
+from plumbing.folder import ModelConfig, read_config, read_model, write_model
+from plumbing.logprobs import sliced_logprobs
+from plumbing.products import linear, packed, to_logits
+from plumbing.recompute import recomputed
 
-__all__ = ["Cache", "Config", "Transformer", "add_lora", "linear", "load", "load_adapters", "merge_lora", "pad",
-           "read_config", "save", "save_adapters", "to_logits", "token_logprobs"]
+__all__ = ["Cache", "Context", "ModelConfig", "Transformer", "load", "pad", "read_config", "save", "to_logits",
+           "token_logprobs"]
+
+
+# --- the pieces of a layer --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Context:
+    """What a layer is told beside its input x [N, T, D].
+
+    The first four fields are the same for all layers. The last two are what this very layer remembers: (k, v) for
+    attention, (last values of g,) for a convolution, and () where there is nothing to remember.
+    """
+
+    rope: tuple[Tensor, Tensor]  # cos and signed sin of every token's position, [N, T, 1, hd] each
+    allowed: Tensor | None  # [N or 1, 1, T, S] bool: which of the row's own tokens a token may see; None: all of them
+    mask: Tensor | None  # [N, T] bool: False on padding; None: no padding in this call
+    prompt_mask: Tensor | None  # [B, P] bool, likewise of the prompts
+    prompt: tuple[Tensor, ...] = ()  # of the B prompts: k, v [B, K, P, hd], or g [B, L-1, D]
+    past: tuple[Tensor, ...] = ()  # of the rows' tokens before this call: k, v [N, K, S-T, hd], or g [N, L-1, D]
+
+
+class Linear(nn.Linear):
+    """y = W x + b, and with an adapter (`lora.add_lora`) y = W x + b + alpha/rank B A x."""
+
+    def __init__(self, size_in: int, size_out: int, bias: bool):
+        super().__init__(size_in, size_out, bias)
+        self.register_parameter("lora_A", None)  # [rank, in] once there is an adapter
+        self.register_parameter("lora_B", None)  # [out, rank]
+        self.lora_scale, self.lora_on = 0.0, True  # alpha / rank; whether the adapter is used
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = linear(x, self.weight, self.bias)  # [..., out]: F.linear, or what this machine does faster
+        if self.lora_A is None or not self.lora_on:
+            return y
+        # In the adapter's own precision: it is float32 over bf16 weights, or small updates would be rounded away.
+        down = F.linear(x.to(self.lora_A.dtype), self.lora_A) * self.lora_scale  # [..., rank]
+        return y + F.linear(down, self.lora_B).to(y.dtype)
+
+    def merged(self) -> Tensor:
+        """W + alpha/rank B A [out, in], in the dtype of W; without an adapter, W itself."""
+        if self.lora_A is None:
+            return self.weight
+        return (self.weight.to(self.lora_A.dtype) + self.lora_scale * self.lora_B @ self.lora_A).to(self.weight.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019). In float32: bf16 squares lose the small features."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))  # [size]
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x if x.dtype == torch.float64 else x.float()  # [..., size]
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)  # [..., size]
+        return self.weight * h.to(x.dtype)
+
+
+def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Angles of rotary position embedding (Su et al. 2021), cos and signed sin [N, T, 1, hd] for positions [N, T].
+
+    Feature pair (i, i + hd/2) of a head turns by position * theta^(-2i/hd): (a, b) -> (a cos - b sin, b cos + a sin),
+    so the sin of a pair's first feature has a minus. Angles are float32 (float64 for float64 models): in bf16 position
+    1000 and 1001 would be one position.
+    """
+    exact = torch.promote_types(dtype, torch.float32)
+    power = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim  # [hd/2]
+    angle = positions[..., None].to(exact) / (theta ** power).to(exact)  # [N, T, hd/2]
+    sin = angle.sin()  # [N, T, hd/2]
+    cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([-sin, sin], -1)  # [N, T, hd] each
+    return cos[:, :, None].to(dtype), sin[:, :, None].to(dtype)  # [N, T, 1, hd] each
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn every head of x [N, T, heads, hd] by its position's angles, in the rotate-half layout of Hugging Face."""
+    cos, sin = rope  # [N, T, 1, hd] each
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # rolled by half, each feature meets the other of its pair
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023): H query heads read K key/value heads, H / K to each.
+
+    `attend` gives softmax(q k^T / sqrt(hd)) v. Where G rows share each prompt it is faster than these lines, and equal:
+
+        k, v = (torch.cat([p.repeat_interleave(G, 0), x], 2) for p, x in zip(prompt, (k, v)))  # [N, K, P+S, hd] each
+        k, v = (x.repeat_interleave(H // K, 1) for x in (k, v))  # [N, H, P+S, hd] each
+        seen = prompt_mask.repeat_interleave(G, 0)[:, None, None].expand(N, 1, T, P)  # [N, 1, T, P]
+        allowed = torch.cat([seen, allowed.expand(N, 1, T, S)], -1)  # [N, 1, T, P+S]
+        read = (q @ k.mT / hd ** 0.5).masked_fill(~allowed, -torch.inf).softmax(-1) @ v  # [N, H, T, hd]
+    """
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()  # of each head's features
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """x [N, T, D] -> ([N, T, D], (k, v) of all the row's own tokens [N, K, S, hd])."""
+        N, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(N, T, -1, self.head_dim))  # [N, T, H, hd]
+        k = self.k_norm(self.k_proj(x).view(N, T, -1, self.head_dim))  # [N, T, K, hd]
+        v = self.v_proj(x).view(N, T, -1, self.head_dim).transpose(1, 2)  # [N, K, T, hd]
+        q = rotate(q, context.rope).transpose(1, 2).contiguous()  # [N, H, T, hd]
+        k = rotate(k, context.rope).transpose(1, 2)  # [N, K, T, hd]
+        if context.past:
+            k, v = (torch.cat([old, new], 2) for old, new in zip(context.past, (k, v)))  # [N, K, S, hd] each
+        read = attend(q, k, v, context.allowed, context.prompt, context.prompt_mask)  # [N, H, T, hd]
+        return self.o_proj(read.transpose(1, 2).reshape(N, T, -1)), (k, v)
+
+
+class ShortConv(nn.Module):
+    """LFM2's other operator (Liquid AI 2025): b, c, u = in_proj(x); g = b u; out_proj(c conv(g)).
+
+    conv is depthwise and causal, conv(g)_t = sum_j w_j g_(t-L+1+j). So it remembers a row's last L - 1 values of g.
+    """
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        D = c.hidden_size
+        self.in_proj = Linear(D, 3 * D, bias=c.conv_bias)
+        self.conv = nn.Conv1d(D, D, c.conv_L_cache, groups=D, bias=c.conv_bias)  # weight [D, 1, L]
+        self.out_proj = Linear(D, D, bias=c.conv_bias)
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, tuple[Tensor]]:
+        """x [N, T, D] -> ([N, T, D], (the last L-1 real values of g [N, L-1, D],)).
+
+        The convolution must see a row's real tokens side by side, whatever padding stands between them. So they are
+        moved to the row's front, behind what the row (or its prompt) remembers, and back to their places afterwards.
+        """
+        (N, T, D), L, mask = x.shape, self.conv.kernel_size[0], context.mask
+        b, c, u = self.in_proj(x).chunk(3, -1)  # [N, T, D] each
+        g = b * u  # [N, T, D]
+        if mask is not None:
+            order = mask.long().argsort(dim=1, descending=True, stable=True)[..., None].expand(N, T, D)  # [N, T, D]
+            g = g.gather(1, order)  # [N, T, D]
+        if context.past:
+            before = context.past[0]  # [N, L-1, D]
+        elif context.prompt:
+            before = context.prompt[0].repeat_interleave(N // len(context.prompt[0]), 0)  # [N, L-1, D]
+        else:
+            before = g.new_zeros(N, L - 1, D)  # [N, L-1, D]
+        g = torch.cat([before, g], 1)  # [N, L-1+T, D]
+        # L products instead of conv1d: as fast in float32, and several times faster in bf16 on a CPU.
+        y = sum(self.conv.weight[:, 0, j] * g[:, j:j + T] for j in range(L))  # [N, T, D]
+        if self.conv.bias is not None:
+            y = y + self.conv.bias  # [N, T, D]
+        if mask is None:
+            last = g[:, T:]  # [N, L-1, D]
+        else:
+            y = torch.zeros_like(y).scatter(1, order, y)  # [N, T, D], back to where the tokens stand
+            at = mask.sum(1, keepdim=True) + torch.arange(L - 1, device=x.device)  # [N, L-1]
+            last = g.gather(1, at[..., None].expand(N, L - 1, D))  # [N, L-1, D]
+        return self.out_proj(c * y), (last,)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate x) * up x)."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """x += operator(norm(x)); x += mlp(norm(x)). The operator mixes tokens, the feed-forward network features."""
+
+    def __init__(self, c: ModelConfig, kind: str):
+        super().__init__()
+        self.operator_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.operator = ShortConv(c) if kind == "conv" else Attention(c)
+        self.mlp_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x [N, T, D] -> ([N, T, D], what the operator will remember of these rows)."""
+        read, past = self.operator(self.operator_norm(x), context)
+        x = x + read  # [N, T, D]
+        return x + self.mlp(self.mlp_norm(x)), past
+
+
+# --- the model and its memory -----------------------------------------------------------------------------------------
 
 
 class Cache:
-    """What a decoder remembers, per layer: keys and values of `shared` prompts [B, K, P, hd] and of each row's `own`
-    tokens since [N, K, S, hd]; of a convolution its last values, [B, L-1, D] and [N, L-1, D], which hold a row's
-    prompt too once the row has read a token of its own.
+    """What a decoder remembers, per layer: of `shared` prompts, and of each row's `own` tokens since.
+
+    Attention remembers keys and values, [B, K, P, hd] and [N, K, S, hd]. A convolution remembers its last values of g,
+    [B, L-1, D] and [N, L-1, D]; a row's own ones reach back into its prompt once the row has read a token.
 
     Fill it by passing it to `model.hidden`; `share(G)` turns everything read so far into a prompt for G rows each.
     Nothing is written in place, so gradients flow through it: training runs a prompt once for a whole group.
     """
 
     def __init__(self):
-        self.shared = self.own = None  # lists of (k, v) or (last values,), one a layer
+        self.shared = self.own = None  # lists of (k, v) or (g,), one a layer
         self.shared_mask = self.own_mask = None  # [B, P], [N, S] bool; None: no padding in there
-        self.lengths = 0  # real tokens each row has read: a number, or [N, 1]
+        self.lengths = 0  # real tokens that each row has read: a number, or [N, 1]
         self.columns = 0  # S, padding included
 
     def share(self, G: int) -> "Cache":
@@ -59,31 +254,60 @@ class Cache:
 
     def keep(self, prompts: Tensor, rows: Tensor) -> None:
         """Drop what is finished: keep these prompts [B'] and these rows [N'] (B' groups of equal size, in order)."""
-        def pick(layers, index):
-            return layers and [tuple(t.index_select(0, index) for t in layer) for layer in layers]
+        def pick(layer, index):
+            return tuple(t.index_select(0, index) for t in layer)
 
-        if len(prompts) < self.shared[0][0].shape[0]:  # the large half; copied only when a whole group is done
-            self.shared = pick(self.shared, prompts)
-            self.shared_mask = self.shared_mask if self.shared_mask is None else self.shared_mask[prompts]
-        self.own = pick(self.own, rows)
-        self.own_mask = self.own_mask if self.own_mask is None else self.own_mask[rows]
+        if len(prompts) < len(self.shared[0][0]):  # prompts are the large half: copied only when a whole group is done
+            self.shared = [pick(layer, prompts) for layer in self.shared]
+            self.shared_mask = self.shared_mask if self.shared_mask is None else self.shared_mask[prompts]  # [B', P]
+        if self.own is not None:
+            self.own = [pick(layer, rows) for layer in self.own]
+        self.own_mask = self.own_mask if self.own_mask is None else self.own_mask[rows]  # [N', S]
         self.lengths = self.lengths[rows] if torch.is_tensor(self.lengths) else self.lengths
+
+    def positions(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """Where the next tokens [N, T] stand in their rows -> [N, T]. Only real tokens count, and now they are read."""
+        (N, T), read = tokens.shape, self.lengths
+        if mask is None:
+            self.lengths = read + T
+            return (torch.arange(T, device=tokens.device) + read).expand(N, T)
+        self.lengths = read + mask.sum(1, keepdim=True)  # [N, 1]
+        return (mask.cumsum(1) - 1).clamp(min=0) + read
+
+    def allowed(self, tokens: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Which of their row's own tokens the next tokens [N, T] may see -> [N or 1, 1, T, S] bool, None: all of them.
+
+        A token sees itself and what came before it, padding left out. Now they are among the own tokens.
+        """
+        (N, T), device, before = tokens.shape, tokens.device, self.columns
+        self.columns = S = before + T
+        if mask is not None or self.own_mask is not None:
+            ones = torch.ones(N, 1, dtype=torch.bool, device=device)  # [N, 1]
+            old = ones.expand(N, before) if self.own_mask is None else self.own_mask  # [N, S-T]
+            new = ones.expand(N, T) if mask is None else mask.bool()  # [N, T]
+            self.own_mask = torch.cat([old, new], 1)  # [N, S]
+        if T == 1 and self.own_mask is None:
+            return None
+        causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(before)  # [T, S]
+        if self.own_mask is None:
+            return causal[None, None]
+        # A padded query would see no key at all, and a softmax over nothing is NaN: let it see itself.
+        itself = torch.eye(T, S, dtype=torch.bool, device=device).roll(before, 1)  # [T, S]
+        return (causal & self.own_mask[:, None] | itself)[:, None]
 
 
 class Transformer(nn.Module):
     """Token ids in, logits out; `hidden` gives the states before the head, which is where the large tensor begins."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.raw_config: dict = {}  # config.json as it was read, for `save`
         self.sidecars: dict[str, bytes] = {}  # files of the folder that pass through unchanged
-        self.checkpointing = False  # recompute each layer in backward: less memory, about a third more work
+        self.checkpointing = False  # compute each layer again in backward: less memory, about a third more work
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        lfm2 = config.model_type == "lfm2"
-        self.layers = nn.ModuleList(Lfm2Layer(config, kind) if lfm2 else Layer(config) for kind in config.layer_types)
-        self.last_norm = "embedding_norm" if lfm2 else "norm"
-        self.add_module(self.last_norm, RMSNorm(config.hidden_size, config.rms_norm_eps))
+        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_types)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -91,26 +315,6 @@ class Transformer(nn.Module):
     def head(self) -> Tensor:
         """The output matrix [V, D]; the embedding itself when the two are tied."""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-
-    def packed(self, rows: int, times: int):
-        """Inside, products with the model's large matrices are fast for few rows (`products.packed`)."""
-        return packed((*(m.weight for m in self.modules() if isinstance(m, Linear)), self.head), rows, times)
-
-    @contextmanager
-    def adapters_off(self) -> Iterator[None]:
-        """Inside, the model is its own base, bit for bit: the reference for free. No change without adapters.
-
-        A backward pass under `checkpointing` runs layers again, so it belongs inside as well.
-        """
-        layers = [m for m in self.modules() if isinstance(m, Linear)]
-        before = [m.on for m in layers]
-        try:
-            for m in layers:
-                m.on = False
-            yield
-        finally:
-            for m, on in zip(layers, before):
-                m.on = on
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """tokens [N, T] (mask [N, T]: True where a token is real) -> logits [N, T, V]."""
@@ -122,193 +326,93 @@ class Transformer(nn.Module):
         mask [N, T] bool is False on padding, left or right: nobody attends to it and it takes no position. Its own
         hidden states are meaningless.
         """
-        once, cache = cache is None, Cache() if cache is None else cache
-        (N, T), device = tokens.shape, tokens.device
-        read = cache.lengths  # a number, or [N, 1]
-        if mask is None:
-            positions = (torch.arange(T, device=device) + read).expand(N, T)  # [N, T]
-            cache.lengths = read + T
-        else:
-            positions = (mask.cumsum(1) - 1).clamp(min=0) + read  # [N, T]
-            cache.lengths = read + mask.sum(1, keepdim=True)
-        done, S = cache.columns, cache.columns + T
-        if mask is not None or cache.own_mask is not None:
-            ones = torch.ones(N, 1, dtype=torch.bool, device=device)  # [N, 1]
-            before = ones.expand(N, done) if cache.own_mask is None else cache.own_mask  # [N, done]
-            now = ones.expand(N, T) if mask is None else mask.bool()  # [N, T]
-            cache.own_mask = torch.cat([before, now], 1)  # [N, S]
-        causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(done)  # [T, S]
-        allowed = None if T == 1 else causal[None, None]  # [1, 1, T, S]
-        if cache.own_mask is not None:
-            # A padded query would see no key at all, and a softmax over nothing is NaN: let it see itself.
-            itself = torch.eye(T, S, dtype=torch.bool, device=device).roll(done, 1)  # [T, S]
-            allowed = (causal & cache.own_mask[:, None] | itself)[:, None]  # [N, 1, T, S]
+        remember, cache = cache is not None, Cache() if cache is None else cache
         x = self.embed_tokens(tokens)  # [N, T, D]
-        rope = rope_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)  # 2 x [N, T, 1, hd]
-        if self.checkpointing and torch.is_grad_enabled() and not x.requires_grad:
-            x.requires_grad_()  # with a frozen embedding nothing else tells `checkpoint` that a gradient is wanted
-        own, prompt_mask = [], cache.shared_mask  # `run` must not hold the cache: a circle that is never collected
+        rope = rope_table(cache.positions(tokens, mask), self.config.head_dim, self.config.rope_theta, x.dtype)
+        shared = Context(rope, cache.allowed(tokens, mask), mask, cache.shared_mask)
+        recompute = self.checkpointing and torch.is_grad_enabled()
+        memory = []
         for i, layer in enumerate(self.layers):
-            prompt = cache.shared[i] if cache.shared else ()  # (k, v) or (last values,), the same for `past`
-            past, n = cache.own[i] if cache.own else (), len(prompt)
+            prompt = cache.shared[i] if cache.shared else ()
+            past = cache.own[i] if cache.own else ()
+            context = replace(shared, prompt=prompt, past=past)
+            x, own = recomputed(layer, x, context) if recompute else layer(x, context)  # x [N, T, D]
+            memory.append(own if remember else ())  # without a cache nobody will ask for a layer's keys: let them go
+        cache.own = memory
+        return self.norm(x)
 
-            def run(x, *read, layer=layer, n=n):
-                shared = (*read[:n], prompt_mask) if n else None
-                x, kv = layer(x, rope, allowed, mask, shared, read[n:] or None)
-                return x, *kv
+    def packed(self, rows: int, times: int):
+        """Inside, x W^T with the model's large matrices reads copies that are fast for few rows (`products.packed`)."""
+        return packed((*(m.weight for m in self.modules() if isinstance(m, Linear)), self.head), rows, times)
 
-            if self.checkpointing and torch.is_grad_enabled():
-                # Reentrant: it keeps nothing of the layer, where the other kind keeps the graph's nodes, thousands of
-                # crumbs between the large blocks that come and go, and glibc's heap then grows by half of the weights.
-                x, *kv = checkpoint(run, x, *prompt, *past, use_reentrant=True, preserve_rng_state=False)
-            else:
-                x, *kv = run(x, *prompt, *past)
-            own.append(() if once else tuple(kv))  # nobody will ask for them: with many layers they would be much
-        cache.own, cache.columns = own, S
-        return getattr(self, self.last_norm)(x)
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """Inside, the model is its own base, bit for bit: the KL's `ref_model` for free. No change without adapters.
+
+        A backward pass under `checkpointing` runs layers again, so it belongs inside as well.
+        """
+        layers = [m for m in self.modules() if isinstance(m, Linear)]
+        before = [m.lora_on for m in layers]
+        try:
+            for m in layers:
+                m.lora_on = False
+            yield
+        finally:
+            for m, on in zip(layers, before):
+                m.lora_on = on
+
+    def merged_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of every parameter as a plain model has it: adapters are in the weights that they change."""
+        linears = {f"{name}.weight": m for name, m in self.named_modules() if isinstance(m, Linear)}
+        for name, p in self.named_parameters():
+            if not name.endswith(("lora_A", "lora_B")):
+                yield name, linears[name].merged() if name in linears else p
 
 
 def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Sequences [n_i] -> (padded on the right with 0, mask), both [len(rows), max n_i]."""
-    padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-    lengths = torch.tensor([len(r) for r in rows], device=padded.device)
+    padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # [rows, max n_i]
+    lengths = torch.tensor([len(r) for r in rows], device=padded.device)  # [rows]
     return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
-
-
-# --- log-probabilities without the [T, V] tensor ----------------------------------------------------------------------
-
-
-class _TokenLogprobs(torch.autograd.Function):
-    """log p(target) for each of M positions, a slice of the vocabulary at a time, and again in backward.
-
-    With z = W h^T / temperature and p = softmax(z): d logp / dz = onehot(target) - p, so backward needs p, which is as
-    large as z. Recomputing it costs one more product with W; keeping it would cost 0.6 GB for 16 completions of 64
-    tokens and Qwen's 151,936 words, and plain autograd keeps several such tensors. A slice stays in the cache between
-    the product and what is done with it, and all positions together make the product large enough to be fast.
-    """
-
-    @staticmethod
-    def slices(hidden, weight, targets, temperature, words):
-        """-> (number of the first word, its part w of W [n, D], z [n, M] in float32 (float64 stays), where each target
-        stands in there [1, M], whether it does [M])."""
-        x = hidden.float() if widen(hidden) else hidden  # [M, D]
-        for first, w in zip(range(0, len(weight), words), weight.split(words)):
-            w = wide(w)
-            z = w @ x.T  # [n, M]: the matrix on the left, which is faster for few rows
-            z = z.to(torch.promote_types(z.dtype, torch.float32))
-            at = targets - first  # [M]
-            here = (at >= 0) & (at < len(w))  # [M]
-            yield first, w, z if temperature == 1 else z.div_(temperature), at.clamp(0, len(w) - 1)[None], here
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, words):
-        # Made before the large blocks: what stays must not lie between those, or the heap grows with every slice.
-        top, total, mean = hidden.new_empty(3, -(-len(weight) // words), len(hidden),
-                                            dtype=torch.promote_types(hidden.dtype, torch.float32))  # [slices, M] each
-        wanted = torch.zeros_like(top[0])  # [M]
-        for first, _, z, at, here in _TokenLogprobs.slices(hidden, weight, targets, temperature, words):
-            wanted += z.gather(0, at)[0].where(here, 0.0)
-            i = first // words
-            top[i] = z.amax(0)
-            p = z.sub_(top[i]).exp()  # [n, M]
-            total[i], mean[i] = p.sum(0), p.mul_(z).sum(0)
-        norm = (top + total.log()).logsumexp(0)  # [M], log of the sum of exp(z) over all words
-        far = top - norm  # [slices, M]: log p = (z - top) + far
-        entropy = -((mean + total * far) * far.exp()).sum(0)  # [M]
-        ctx.save_for_backward(hidden, weight, targets, norm)
-        ctx.temperature, ctx.words = temperature, words
-        ctx.mark_non_differentiable(entropy)
-        return wanted - norm, entropy
-
-    @staticmethod
-    def backward(ctx, g_logp, _):
-        hidden, weight, targets, norm = ctx.saved_tensors
-        x = hidden.float() if widen(hidden) else hidden  # [M, D]
-        g = g_logp / ctx.temperature  # [M]
-        d_hidden = torch.zeros_like(x, dtype=norm.dtype)  # [M, D]
-        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # [V, D]
-        for first, w, z, at, here in _TokenLogprobs.slices(hidden, weight, targets, ctx.temperature, ctx.words):
-            dz = z.sub_(norm).exp_().mul_(-g).scatter_add_(0, at, (g * here)[None]).to(w.dtype)  # [n, M]
-            d_hidden += dz.T @ w
-            if d_weight is not None:
-                d_weight[first:first + len(w)] = dz @ x
-        return d_hidden.to(hidden.dtype), d_weight, None, None, None
 
 
 def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor, temperature: float = 1.0,
                    words: int = 0) -> tuple[Tensor, Tensor]:
-    """hidden [..., T, D], targets [..., T] -> (logp, entropy) in nats, each [..., T], float32.
+    """hidden [..., T, D], targets [..., T] -> (logp, entropy) in nats, each [..., T], float32. It equals
+
+        log_p = (hidden @ model.head.T / temperature).log_softmax(-1)       # [..., T, V]
+        logp = log_p.gather(-1, targets[..., None]).squeeze(-1)             # [..., T]
+        entropy = -(log_p.exp() * log_p).sum(-1).detach()                   # [..., T]
+
+    but [..., T, V], the largest tensor of a step, never exists. Only the logits of `words` words of the vocabulary do
+    (0: so many that they, and their rows of the head, take 16 MiB at most); `plumbing/logprobs.py` shows how.
 
     `hidden[..., t, :]` is the state that predicts `targets[..., t]`. The temperature is the sampler's: it divides the
     logits here as it did there, otherwise the policy that is trained is not the policy that acted. `entropy` is for
-    looking at and carries no gradient. Only the logits of `words` words of the vocabulary exist at any time (0: so many
-    that they, and their rows of the head, take 16 MiB at most).
+    looking at and carries no gradient. Raises ValueError for a temperature of 0: a greedy policy has no logp.
     """
     if temperature <= 0:
         raise ValueError(f"token_logprobs needs a temperature above 0, not {temperature}: a greedy policy has no logp.")
-    hidden, targets, shape = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), targets.shape  # [M, D], [M]
-    words = words or max(1, 2 ** 22 // max(*hidden.shape, 1))
-    logp, entropy = _TokenLogprobs.apply(hidden, model.head, targets, temperature, words)
-    return logp.view(shape), entropy.view(shape)
+    rows = hidden.reshape(-1, hidden.shape[-1])  # [M, D]
+    words = words or max(1, 2 ** 22 // max(*rows.shape, 1))
+    logp, entropy = sliced_logprobs(rows, model.head, targets.reshape(-1), temperature, words)  # [M] each
+    return logp.view(targets.shape), entropy.view(targets.shape)
 
 
-# --- folders ----------------------------------------------------------------------------------------------------------
-
-
-def load(name_or_path: str | Path, device: str | None = None, dtype: torch.dtype | None = None):
-    """A local Hugging Face folder, or a hub name that is downloaded once -> (model, tokenizer).
+def load(name_or_path: str | Path, device: str | None = None,
+         dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer | None]:
+    """A local Hugging Face folder, a run's folder, or a hub name that is downloaded once -> (model, tokenizer).
 
     `device`: cuda where there is one, else the CPU. `dtype`: float32 whatever the file holds, because small updates
     vanish in bf16 weights; pass torch.bfloat16 for a frozen model. `tokenizer` is a `tokenizers.Tokenizer`, or None
     when the folder has no tokenizer.json. Raises ValueError or OSError with a sentence that names file and tensor.
     """
-    folder = find_folder(name_or_path)
-    raw = read_json(folder / "config.json")
-    generation = folder / "generation_config.json"
-    generation = read_json(generation) if generation.exists() else None
-    config = read_config(raw, str(folder / "config.json"), generation)
-    with torch.device("meta"):  # shapes only: no time spent on random numbers that the file replaces
-        model = Transformer(config)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"There is no device '{device}' here: take cpu, cuda or mps.") from e
-    want = {name: p.shape for name, p in model.named_parameters()}
-    state = read_weights(folder, config, want, device, dtype or torch.float32)
-    model.load_state_dict(state, assign=True)
-    model.raw_config = raw
-    model.sidecars = {n: (folder / n).read_bytes() for n in SIDECARS if (folder / n).exists()}
-    tokenizer = None
-    if (folder / "tokenizer.json").exists():
-        try:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as e:  # the library raises bare Exception
-            raise ValueError(f"{folder / 'tokenizer.json'} cannot be read ({e}): copy or download it again.") from e
-        tokenizer.no_truncation()  # a tokenizer saved by a training run may cut or pad silently
-        tokenizer.no_padding()
-    return model, tokenizer
+    return read_model(Transformer, name_or_path, device, dtype)
 
 
 def save(model: Transformer, tokenizer: Tokenizer | None, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write a folder that transformers, vllm and mlx-lm load as it is; `dtype` None keeps the parameters' own.
 
-    Adapters are added to the weights that are written; the model keeps them.
+    Adapters are added to the weights that are written; the model keeps them. Raises OSError; old files then stay whole.
     """
-    folder = Path(path)
-    merged = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, Linear)}
-    state = {name if name.startswith("lm_head") else f"model.{name}":
-             (effective_weight(merged[name]) if name in merged else p).detach().to("cpu", dtype).contiguous()
-             for name, p in model.named_parameters() if not name.endswith(("lora_A", "lora_B"))}
-    stored = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    raw = dict(model.raw_config)
-    raw["dtype" if "dtype" in raw else "torch_dtype"] = stored
-    files = {"config.json": json.dumps(raw, indent=2).encode() + b"\n", **model.sidecars}
-    if tokenizer is not None:
-        files["tokenizer.json"] = tokenizer.to_str(pretty=True).encode()
-    write_files({folder / "model.safetensors": lambda part: save_file(state, part, metadata={"format": "pt"}),
-                 **{folder / name: lambda part, content=content: part.write_bytes(content)
-                    for name, content in files.items()}})
-    # Shards that the new file replaces: vllm and mlx-lm would read them instead of it, or beside it.
-    for old in (folder / "model.safetensors.index.json", *folder.glob("model-*-of-*.safetensors")):
-        old.unlink(missing_ok=True)
+    write_model(model, tokenizer, path, dtype)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from plumbing.folder import write_file
+from plumbing.folder import file_parameters, write_file
 
 
 def save_checkpoint(folder: Path, model, optimizer, step: int) -> None:
     """All that a run is: weights, moments, step. Posts and completions follow from the seed and the step."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}  # under LoRA, the adapters only
+    trained = {name: p for name, p in file_parameters(model).items() if p.requires_grad}  # of LoRA, the adapters only
     state = {"step": step, "model": trained, "optimizer": optimizer.state_dict()}
     write_file(folder / "checkpoint" / "state.pt", lambda part: torch.save(state, part))
 
@@ -39,7 +39,7 @@ def load_checkpoint(folder: Path, model, optimizer) -> int:
 
 def read_trained(model, state: dict) -> None:
     """Give the parameters that are trained the saved values; KeyError or RuntimeError when they are others."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in file_parameters(model).items() if p.requires_grad}
     if trained.keys() != state.keys():
         raise KeyError(f"{sorted(trained.keys() ^ state.keys())[0]}")
     with torch.no_grad():
@@ -51,7 +51,7 @@ def stage_copy(path: Path, model, begins: bool):
     """The policy as it was when the stage began, frozen: copied and saved then, read again when a run is resumed."""
     copied = copy.deepcopy(model)
     if begins:
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = {name: p for name, p in file_parameters(model).items() if p.requires_grad}
         write_file(path, lambda part: torch.save(trained, part))
     else:
         read_trained(copied, read_state(path, model.embed_tokens.weight.device))

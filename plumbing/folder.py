@@ -1,27 +1,67 @@
-"""A Hugging Face folder: what its config says, where it comes from, its weights, and how files are written whole or not
-at all."""
+"""A Hugging Face folder: its config, its weights and their names, and how files are written whole or not at all."""
 
-import errno
 import json
 import os
-import sys
-import time
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from plumbing.download import download
 
 FAMILIES = ("qwen2", "qwen3", "llama", "lfm2")
 # Files beside the weights that say how to tokenise, chat and stop: kept in memory by `load`, written again by `save`.
 SIDECARS = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json", "special_tokens_map.json",
             "added_tokens.json", "vocab.json", "merges.txt")
+FILES = ("config.json", "tokenizer.json", *SIDECARS, "model.safetensors", "model.safetensors.index.json",
+         "model-*.safetensors")  # all that `read_model` reads
+
+# A module of `model.py` -> its name in folders of qwen2, qwen3 and llama, and of lfm2. Others are called the same.
+NAMES = {
+    "operator_norm": ("input_layernorm", "operator_norm"),
+    "operator.q_proj": ("self_attn.q_proj", "self_attn.q_proj"),
+    "operator.k_proj": ("self_attn.k_proj", "self_attn.k_proj"),
+    "operator.v_proj": ("self_attn.v_proj", "self_attn.v_proj"),
+    "operator.o_proj": ("self_attn.o_proj", "self_attn.out_proj"),
+    "operator.q_norm": ("self_attn.q_norm", "self_attn.q_layernorm"),
+    "operator.k_norm": ("self_attn.k_norm", "self_attn.k_layernorm"),
+    "operator.in_proj": ("", "conv.in_proj"),  # the short convolution, which only lfm2 has
+    "operator.conv": ("", "conv.conv"),
+    "operator.out_proj": ("", "conv.out_proj"),
+    "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
+    "mlp.gate_proj": ("mlp.gate_proj", "feed_forward.w1"),
+    "mlp.up_proj": ("mlp.up_proj", "feed_forward.w3"),
+    "mlp.down_proj": ("mlp.down_proj", "feed_forward.w2"),
+    "norm": ("norm", "embedding_norm"),
+}
+
+
+def file_name(name: str, family: str) -> str:
+    """What a module or parameter of the model is called in files, and by who trains it (`--lora-targets w1`).
+
+    >>> file_name("layers.0.mlp.gate_proj.weight", "lfm2")
+    'layers.0.feed_forward.w1.weight'
+    """
+    layer, path = re.fullmatch(r"(layers\.\d+\.)?(.*)", name).groups("")
+    for module in (path, path.rpartition(".")[0]):
+        if module in NAMES:
+            return layer + NAMES[module][family == "lfm2"] + path.removeprefix(module)
+    return name
+
+
+def file_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's parameters, in its own order, by their names in files."""
+    return {file_name(name, model.config.model_type): p for name, p in model.named_parameters()}
 
 
 @dataclass(frozen=True)
-class Config:
+class ModelConfig:
     """The numbers of `config.json` that change the computation, with one spelling for each."""
 
     model_type: str
@@ -47,8 +87,8 @@ class Config:
     eos_token_ids: tuple[int, ...]
 
 
-def read_config(raw: dict, where: str, generation: dict | None = None) -> Config:
-    """`config.json` as a dict (and `generation_config.json`, which may name further stop tokens) -> Config.
+def read_config(raw: dict, where: str, generation: dict | None = None) -> ModelConfig:
+    """`config.json` as a dict (and `generation_config.json`, which may name further stop tokens) -> ModelConfig.
 
     A family or feature that this file does not compute is refused here: a model that loads but computes something
     slightly different would train, and teach nothing.
@@ -90,7 +130,7 @@ def read_config(raw: dict, where: str, generation: dict | None = None) -> Config
         if refused:
             raise ValueError(f"{where} asks for {says}, which crisp does not compute.")
     bias = not lfm2 and bool(raw.get("attention_bias", False))
-    return Config(
+    return ModelConfig(
         model_type=family, vocab_size=size("vocab_size"), hidden_size=D,
         intermediate_size=lfm2_width(raw, size) if lfm2 else size("intermediate_size"),
         num_hidden_layers=n_layers, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
@@ -126,44 +166,7 @@ def find_folder(name_or_path: str | Path) -> Path:
         raise ValueError(f"{name} is a file: give the folder that holds config.json and model.safetensors.")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"There is no folder {name}: give a Hugging Face folder, or a hub name 'owner/name'.")
-    return download(name)
-
-
-def download(name: str) -> Path:
-    """The local copy of a hub repository: what is not here yet is fetched, a dropped connection is resumed.
-
-    Only what `load` reads: a repository may hold the same weights in five formats. A busy hub is asked again.
-    """
-    from huggingface_hub import snapshot_download  # comes with tokenizers; slow to import, needed for names only
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-    files = ["config.json", "tokenizer.json", *SIDECARS, "model.safetensors", "model.safetensors.index.json",
-             "model-*.safetensors"]
-    for wait in (1, 4, 16, None):  # seconds
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=files))
-            break
-        except GatedRepoError as e:
-            raise OSError(f"{name} is gated: accept its terms at https://huggingface.co/{name}, then log in with "
-                          f"'hf auth login' or set HF_TOKEN.") from e
-        except RepositoryNotFoundError as e:
-            raise OSError(f"There is no folder {name}, and the hub shows you no model of that name: check the "
-                          f"spelling; if it is private, log in with 'hf auth login' or set HF_TOKEN.") from e
-        except Exception as e:  # offline, a full disk, a broken answer: many types, as versions go
-            status = getattr(getattr(e.__cause__ or e, "response", None), "status_code", None)
-            if wait and status in (429, 500, 502, 503, 504):
-                print(f"{name}: the hub answers {status}; trying again in {wait} s.", file=sys.stderr, flush=True)
-                time.sleep(wait)
-                continue
-            if errno.errorcode.get(getattr(e, "errno", None)) in ("ENOSPC", "EDQUOT", "EFBIG"):
-                raise OSError(f"There is no room for {name} ({e.strerror}): free some space, or set HF_HOME to a "
-                              f"folder on a larger disk. The files that are whole are kept.") from e
-            why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-            raise OSError(f"There is no folder {name}, and the hub did not give a model of that name ({why}). "
-                          f"Check the spelling and the connection, or pass a local folder.") from e
-    if not list(folder.glob("*.safetensors")):
-        raise OSError(f"{name} has no model.safetensors on the hub: take a model that has, or convert it with "
-                      f"transformers and pass that folder.")
-    return folder
+    return download(name, FILES)
 
 
 def read_json(path: Path) -> dict:
@@ -178,7 +181,7 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def read_weights(folder: Path, config: Config, want: dict[str, torch.Size], device: str,
+def read_weights(folder: Path, config: ModelConfig, want: dict[str, torch.Size], device: str,
                  dtype: torch.dtype) -> dict[str, Tensor]:
     """The parameters that are wanted, name -> shape, from the folder's safetensors, single or sharded; exactly those,
     in those shapes."""
@@ -217,6 +220,59 @@ def read_weights(folder: Path, config: Config, want: dict[str, torch.Size], devi
         raise ValueError(f"{folder} lacks {len(missing)} weights that its config.json asks for, "
                          f"the first is '{missing[0]}'.")
     return state
+
+
+def read_model(model_class: Callable[[ModelConfig], nn.Module], name_or_path: str | Path, device: str | None,
+               dtype: torch.dtype | None) -> tuple[nn.Module, Tokenizer | None]:
+    """What `model.load` promises, with `model_class(config)` to be filled."""
+    folder = find_folder(name_or_path)
+    raw = read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    generation = read_json(generation) if generation.exists() else None
+    config = read_config(raw, str(folder / "config.json"), generation)
+    with torch.device("meta"):  # shapes only: no time spent on random numbers that the file replaces
+        model = model_class(config)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"There is no device '{device}' here: take cpu, cuda or mps.") from e
+    want = {name: p.shape for name, p in file_parameters(model).items()}
+    state = read_weights(folder, config, want, device, dtype or torch.float32)
+    model.load_state_dict({name: state[file_name(name, config.model_type)] for name, _ in model.named_parameters()},
+                          assign=True)
+    model.raw_config = raw
+    model.sidecars = {n: (folder / n).read_bytes() for n in SIDECARS if (folder / n).exists()}
+    tokenizer = None
+    if (folder / "tokenizer.json").exists():
+        try:
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as e:  # the library raises bare Exception
+            raise ValueError(f"{folder / 'tokenizer.json'} cannot be read ({e}): copy or download it again.") from e
+        tokenizer.no_truncation()  # a tokenizer saved by a training run may cut or pad silently
+        tokenizer.no_padding()
+    return model, tokenizer
+
+
+def write_model(model: nn.Module, tokenizer: Tokenizer | None, path: str | Path, dtype: torch.dtype | None) -> None:
+    """What `model.save` promises."""
+    folder, state = Path(path), {}
+    for name, tensor in model.merged_parameters():
+        name = file_name(name, model.config.model_type)
+        name = name if name.startswith("lm_head") else f"model.{name}"
+        state[name] = tensor.detach().to("cpu", dtype).contiguous()
+    stored = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    raw = dict(model.raw_config)
+    raw["dtype" if "dtype" in raw else "torch_dtype"] = stored
+    files = {"config.json": json.dumps(raw, indent=2).encode() + b"\n", **model.sidecars}
+    if tokenizer is not None:
+        files["tokenizer.json"] = tokenizer.to_str(pretty=True).encode()
+    write_files({folder / "model.safetensors": lambda part: save_file(state, part, metadata={"format": "pt"}),
+                 **{folder / name: lambda part, content=content: part.write_bytes(content)
+                    for name, content in files.items()}})
+    # Shards that the new file replaces: vllm and mlx-lm would read them instead of it, or beside it.
+    for old in (folder / "model.safetensors.index.json", *folder.glob("model-*-of-*.safetensors")):
+        old.unlink(missing_ok=True)
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -75,7 +75,7 @@ def tidy(model) -> None:
     except (AttributeError, OSError, TypeError):
         return  # musl, macOS, Windows
 
-    first, last = model.layers[0], getattr(model, model.last_norm)
+    first, last = model.layers[0], model.norm
 
     def give_back(layer, args):
         # Under checkpointing, gradients are on only while a layer runs again, just before it is differentiated.

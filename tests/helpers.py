@@ -14,6 +14,7 @@ from hypothesis import Phase, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from model import Transformer, read_config
+from plumbing.folder import file_parameters
 
 # Tiny matrices: threads would only wait for one another.
 torch.set_num_threads(1)
@@ -40,7 +41,8 @@ def randomise(model, seed=0):
     """Initial weights would hide mistakes (zero biases, unit norms, flat attention), so every one of them is drawn."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, p in sorted(model.named_parameters()):
+        named = file_parameters(model) if isinstance(model, Transformer) else dict(model.named_parameters())
+        for name, p in sorted(named.items()):
             noise = torch.empty(p.shape).normal_(0, 0.1 if p.ndim == 1 else 0.3, generator=generator)
             p.copy_(noise + 1 if "norm" in name else noise)
     return model

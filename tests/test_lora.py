@@ -8,7 +8,9 @@ from helpers import assert_same, byte_bpe, edit_json, gradients, refusal, tiny_m
 
 import grpo
 from config import Config
-from model import Transformer, add_lora, load, load_adapters, merge_lora, save, save_adapters
+from lora import add_lora, load_adapters, merge_lora, projections, save_adapters
+from model import Transformer, load, save
+from plumbing.folder import file_name, file_parameters
 from rollout import Group
 
 FAMILIES = ("qwen2", "qwen3", "llama", "lfm2")
@@ -31,7 +33,7 @@ def adapted(family="qwen2", seed=0, **more) -> Transformer:
 
 
 def adapters_of(model) -> dict:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p for name, p in file_parameters(model).items() if p.requires_grad}
 
 
 def folder_of(tmp_path, model, raw):
@@ -45,9 +47,9 @@ def test_a_projection_with_an_adapter_is_one_matrix_plus_a_product_of_two(family
     """y = x (W + alpha/rank B A)^T: the same model with those sums written into its weights gives the same logits."""
     model, plain, x = adapted(family), tiny_model(family), tokens(2, 7)
     with torch.no_grad():
-        for name, m in plain.named_modules():
+        for name, m in projections(plain).items():
             if name.endswith(some(family)):
-                parameters = dict(model.named_parameters())
+                parameters = file_parameters(model)
                 m.weight += 6.0 / 3 * parameters[f"{name}.lora_B"] @ parameters[f"{name}.lora_A"]
     assert_same(model(x), plain(x), 1e-5)
     assert (model(x) - tiny_model(family)(x)).abs().max() > 0.1  # the adapters do something
@@ -92,7 +94,8 @@ def test_the_gradient_of_the_adapters_is_the_chain_rule_through_the_whole_matrix
     ours = {name: p.grad for name, p in trained.items()}
     whole = adapted().double()
     merge_lora(whole)
-    of_weights = gradients(whole, whole(x).logsumexp(-1).square().sum())
+    gradients_of_weights = gradients(whole, whole(x).logsumexp(-1).square().sum())
+    of_weights = {file_name(name, "qwen2"): g for name, g in gradients_of_weights.items()}
     for name in {n.rpartition(".")[0] for n in trained}:
         A, B, g = trained[f"{name}.lora_A"], trained[f"{name}.lora_B"], of_weights[f"{name}.weight"]
         torch.testing.assert_close(ours[f"{name}.lora_A"], 2.0 * B.T @ g, rtol=1e-9, atol=1e-8)

@@ -13,7 +13,7 @@ import torch
 from helpers import tiny_model
 
 import grpo
-from model import add_lora
+from lora import add_lora
 from plumbing import memory
 from train import rehearse_largest_step
 

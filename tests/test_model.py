@@ -5,6 +5,7 @@ wasteful way of computing the same thing, in float64, values and gradients. Weig
 or rotation cannot hide behind an initial 0 or 1.
 """
 
+import doctest
 import gc
 import json
 import math
@@ -12,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import weakref
 from pathlib import Path
 
@@ -25,9 +27,13 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from model import Cache, Transformer, add_lora, load, pad, read_config, save, token_logprobs
+from lora import add_lora
+from model import Attention, Cache, Transformer, load, pad, read_config, save, token_logprobs
+from plumbing import folder as folders
 from plumbing import products
-from plumbing.folder import read_json
+from plumbing.attention import attend
+from plumbing.checkpoint import load_checkpoint, save_checkpoint
+from plumbing.folder import file_parameters, read_json
 from tests.helpers import (
     assert_same,
     byte_bpe,
@@ -137,12 +143,12 @@ def test_layers_without_any_attention_need_no_keys():
     model = tiny_model("lfm2", num_hidden_layers=1, layer_types=["conv"], dtype=torch.float64)
     ids, layer = tokens(1, 6), model.layers[0]
     x = model.embed_tokens(ids)  # [1, 6, D]
-    b, c, u = layer.conv.in_proj(layer.operator_norm(x))[0].chunk(3, -1)  # [6, D] each
-    w = layer.conv.conv.weight[:, 0]  # [D, 3]
+    b, c, u = layer.operator.in_proj(layer.operator_norm(x))[0].chunk(3, -1)  # [6, D] each
+    w = layer.operator.conv.weight[:, 0]  # [D, 3]
     y = torch.stack([sum(w[:, j] * (b * u)[t - 2 + j] for j in range(3) if t - 2 + j >= 0) for t in range(6)])  # [6, D]
-    x = x + layer.conv.out_proj(c * y)
-    x = x + layer.feed_forward(layer.ffn_norm(x))
-    assert_same(model.hidden(ids), model.embedding_norm(x), 1e-12)
+    x = x + layer.operator.out_proj(c * y)
+    x = x + layer.mlp(layer.mlp_norm(x))
+    assert_same(model.hidden(ids), model.norm(x), 1e-12)
     cache = Cache()
     pieces = [model.hidden(piece, cache) for piece in ids.split([1, 3, 2], 1)]
     assert_same(torch.cat(pieces, 1), model.hidden(ids), 1e-12)
@@ -208,7 +214,7 @@ def test_the_published_lfm2_configs_are_understood(name, width, attends, layers)
     with torch.device("meta"):
         ours, theirs = Transformer(c), AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw))
     shapes = {name.removeprefix("model."): p.shape for name, p in theirs.named_parameters()}
-    assert {name: p.shape for name, p in ours.named_parameters()} == shapes
+    assert {name: p.shape for name, p in file_parameters(ours).items()} == shapes
 
 
 def test_a_stored_rotation_table_is_passed_over(tmp_path):
@@ -450,6 +456,59 @@ def test_nothing_of_a_group_s_pass_outlives_its_gradient(family, checkpointing):
     assert alive[1] == alive[2], alive
 
 
+# ------------------------------------------------------------------------------------------- the plain lines
+
+
+def plain_lines(docstring, **given):
+    """What the indented lines of code in a docstring compute: what a reader sees there is what is tested."""
+    body = docstring.partition("\n")[2]
+    code = [line for line in body.splitlines() if line.startswith(" " * 8)]
+    assert code, docstring
+    exec(textwrap.dedent("\n".join(code)), given := {"torch": torch, **given})
+    return given
+
+
+@few
+@given(st.integers(1, 3), st.integers(1, 3), st.sampled_from([(4, 2), (4, 4), (4, 1)]), st.sampled_from([1, 1, 3]),
+       st.integers(0, 4), st.booleans(), st.booleans())
+def test_attention_equals_the_lines_in_its_docstring(B, G, heads, T, before, padded_prompts, padded_rows):
+    """One token of each row (sampling) or several (training), on shared prompts: values and gradients."""
+    (H, K), N, P, hd, S = heads, B * G, 5, 6, before + T
+    g = torch.Generator().manual_seed(0)
+    shapes = (N, H, T, hd), (N, K, S, hd), (N, K, S, hd), (B, K, P, hd), (B, K, P, hd)
+    q, k, v, *prompt = inputs = [torch.randn(*s, dtype=torch.float64, generator=g, requires_grad=True) for s in shapes]
+    own = torch.ones(1, 1, T, S, dtype=torch.bool).tril(before)  # [1, 1, T, S]
+    if padded_rows:
+        own = own.repeat(N, 1, 1, 1)  # [N, 1, T, S]
+        own[0, :, :, 0] = False
+    seen = torch.ones(B, P, dtype=torch.bool)  # [B, P]
+    if padded_prompts:
+        seen[0, 3:] = False
+    plain = plain_lines(Attention.__doc__, q=q, k=k, v=v, prompt=tuple(prompt), prompt_mask=seen, allowed=own,
+                        B=B, G=G, N=N, H=H, K=K, T=T, P=P, S=S, hd=hd)["read"]
+    ours = attend(q, k, v, None if T == 1 and not padded_rows else own, prompt, seen if padded_prompts else None)
+    assert_same(ours, plain, 1e-12)
+    weight = torch.randn(plain.shape, dtype=torch.float64, generator=g)
+    for of_ours, of_plain in zip(*(torch.autograd.grad((x * weight).sum(), inputs) for x in (ours, plain))):
+        assert_same(of_ours, of_plain, 1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.float32, 1e-4)], ids=["float64", "float32"])
+def test_token_logprobs_equals_the_lines_in_its_docstring(temperature, dtype, atol):
+    model, ids, targets = tiny_model("qwen2", dtype=dtype), tokens(2, 6), tokens(2, 6, seed=1)
+    hidden = model.hidden(ids)  # [2, 6, D]
+    plain = plain_lines(token_logprobs.__doc__, model=model, hidden=hidden, targets=targets, temperature=temperature)
+    logp, entropy = token_logprobs(model, hidden, targets, temperature, words=7)
+    assert_same(logp, plain["logp"], atol)
+    assert_same(entropy, plain["entropy"], atol)
+    assert not entropy.requires_grad and not plain["entropy"].requires_grad
+    weight = torch.randn(2, 6, dtype=dtype, generator=torch.Generator().manual_seed(2))
+    found = [gradients(model, (x * weight).sum()) for x in (logp, plain["logp"])]
+    scale = 1 if dtype == torch.float64 else max(g.abs().max().item() for g in found[0].values())
+    assert_same(*found, atol * scale)
+
+
 # ------------------------------------------------------------------------------------------- log-probabilities
 
 
@@ -577,6 +636,69 @@ def test_slices_of_logits_leave_no_holes():
     done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent, capture_output=True,
                           text=True, check=True)
     assert 16 < float(done.stdout) < 160, done.stdout  # MiB; without that care 300 and more
+
+
+# ---------------------------------------------------------------------------------------------------- names
+
+
+def test_the_table_of_names_says_what_its_example_says():
+    results = doctest.testmod(folders)
+    assert results.attempted and not results.failed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_call_a_parameter_what_transformers_calls_it(family):
+    """One set of names inside, for every family; weights, adapters, checkpoints and users have the folder's."""
+    raw = raw_config(family, tie_word_embeddings=False)
+    model, config = tiny_model(family, tie_word_embeddings=False), AutoConfig.for_model(**raw)
+    theirs = AutoModelForCausalLM.from_config(config)
+    named = file_parameters(model)
+    assert set(named) == {name.removeprefix("model.") for name, _ in theirs.named_parameters()}
+    inside = {name.split(".", 2)[-1] for name, _ in model.named_parameters()}  # without "layers.0."
+    of_qwen3 = {name.split(".", 2)[-1] for name, _ in tiny_model("qwen3").named_parameters()}
+    conv = {f"operator.{name}.weight" for name in ("in_proj", "conv", "out_proj")}
+    assert inside - of_qwen3 - conv <= {f"operator.{x}_proj.bias" for x in "qkv"}
+
+
+@pytest.mark.parametrize("family, layer, order", [
+    ("qwen2", 0, "input_layernorm.weight self_attn.q_proj.weight self_attn.q_proj.bias self_attn.k_proj.weight "
+     "self_attn.k_proj.bias self_attn.v_proj.weight self_attn.v_proj.bias self_attn.o_proj.weight "
+     "post_attention_layernorm.weight mlp.gate_proj.weight mlp.up_proj.weight mlp.down_proj.weight"),
+    ("qwen3", 1, "input_layernorm.weight self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight "
+     "self_attn.o_proj.weight self_attn.q_norm.weight self_attn.k_norm.weight post_attention_layernorm.weight "
+     "mlp.gate_proj.weight mlp.up_proj.weight mlp.down_proj.weight"),
+    ("lfm2", 0, "operator_norm.weight conv.in_proj.weight conv.conv.weight conv.out_proj.weight ffn_norm.weight "
+     "feed_forward.w1.weight feed_forward.w3.weight feed_forward.w2.weight"),
+    ("lfm2", 1, "operator_norm.weight self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight "
+     "self_attn.out_proj.weight self_attn.q_layernorm.weight self_attn.k_layernorm.weight ffn_norm.weight "
+     "feed_forward.w1.weight feed_forward.w3.weight feed_forward.w2.weight"),
+], ids=lambda x: str(x)[:5])
+def test_the_order_of_parameters_is_part_of_a_run(family, layer, order):
+    """AdamW's rounding noise follows a parameter's number in its list, and LoRA's random A are drawn in that order. In
+    another order, a run that is resumed would go on differently."""
+    names = list(file_parameters(tiny_model(family, tie_word_embeddings=False)))
+    prefix = f"layers.{layer}."
+    assert [name.removeprefix(prefix) for name in names if name.startswith(prefix)] == order.split()
+    last = "embedding_norm.weight" if family == "lfm2" else "norm.weight"
+    assert names[:1] + names[-2:] == ["embed_tokens.weight", last, "lm_head.weight"]
+
+
+@pytest.mark.parametrize("family, first", [("qwen2", "layers.0.self_attn.q_proj"), ("lfm2", "layers.0.conv.in_proj")])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_checkpoint_has_the_folder_s_names(tmp_path, family, first, lora):
+    """Runs that were begun when the model itself had these names go on from their checkpoints."""
+    model, again = tiny_model(family), tiny_model(family, seed=1)
+    for m in (model, again):
+        if lora:
+            add_lora(m, 2, 4.0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    save_checkpoint(tmp_path, model, optimizer, 7)
+    state = torch.load(tmp_path / "checkpoint" / "state.pt")["model"]
+    assert list(state) == [name for name, p in file_parameters(model).items() if p.requires_grad]
+    assert (f"{first}.lora_A" if lora else f"{first}.weight") in state
+    assert load_checkpoint(tmp_path, again, optimizer) == 7
+    for p, q in zip(model.parameters(), again.parameters()):
+        assert torch.equal(p, q) or not p.requires_grad
 
 
 # ---------------------------------------------------------------------------------------------------- saving
@@ -860,7 +982,7 @@ def bf16_losses(monkeypatch, slow, family="qwen2"):
 def test_products_of_bfloat16_made_in_float32_are_as_good(family, monkeypatch):
     """Against float64 with the same weights, widened products are about as far off as bfloat16's own, for values and
     for every gradient, W being widened 30 rows at a time."""
-    monkeypatch.setattr(products, "slices", lambda W, rows: 30)
+    monkeypatch.setattr(products, "rows_at_once", lambda W, rows: 30)
     model, x = tiny_model(family, dtype=torch.bfloat16, vocab_size=5000).double(), tokens(2, 40, vocab=5000)
     exact_logp, _ = token_logprobs(model, model.hidden(x[:, :-1]), x[:, 1:], words=130)
     exact = gradients(model, exact_logp.sum())
@@ -878,7 +1000,7 @@ def test_a_widened_product_is_exact_before_it_is_rounded(monkeypatch):
     """Small whole numbers: their products and sums are exact in float32, and only the last rounding is left. W is
     widened in three slices, the last of them shorter."""
     monkeypatch.setattr(products, "NARROW_IS_SLOW", True)
-    monkeypatch.setattr(products, "slices", lambda W, rows: 4000)
+    monkeypatch.setattr(products, "rows_at_once", lambda W, rows: 4000)
     g = torch.Generator().manual_seed(0)
     x, W, dy = (torch.randint(-8, 9, shape, generator=g).to(torch.bfloat16)
                 for shape in ((50, 16), (9000, 16), (50, 9000)))
@@ -899,7 +1021,7 @@ def test_a_widened_product_is_exact_before_it_is_rounded(monkeypatch):
 def test_a_slice_is_never_large_and_never_nothing():
     for shape in ((151_936, 896), (4864, 896), (896, 4864), (3, 2 ** 23)):
         for rows in (3, 128, 129, 1776, 16_384, 2 ** 24):
-            n = products.slices(torch.empty(shape, device="meta"), rows)
+            n = products.rows_at_once(torch.empty(shape, device="meta"), rows)
             assert n >= 1
             assert n == 1 or n * shape[1] <= 2 ** (20 if rows <= 128 else 22) and n * rows <= 2 ** 23
 
@@ -991,7 +1113,7 @@ def test_a_packed_model_says_the_same(family, tied):
     model = tiny_model(family, vocab_size=9000, tie_word_embeddings=tied)
     if family == "qwen2":
         add_lora(model, 2, 4.0)
-        torch.nn.init.normal_(model.layers[0].self_attn.q_proj.lora_B)
+        torch.nn.init.normal_(model.layers[0].operator.q_proj.lora_B)
     x = tokens(3, 10, vocab=9000)
     with torch.no_grad():
         plain = model(x)

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import squish as sq
-from model import add_lora, load, save
+from lora import add_lora
+from model import load, save
 from plumbing.posts import TINY, Post
 from rollout import sample
 from squish import TEMPLATE, allowance, cost, encode, ensemble, information, shorten, squish, token_bits

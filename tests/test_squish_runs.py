@@ -17,8 +17,8 @@ import torch
 import eval as evaluation
 import rewards
 import train
-from layers import Linear
-from model import load, load_adapters
+from lora import load_adapters
+from model import Linear, load
 from plumbing.posts import TINY, Post, load_posts
 from rollout import sample
 from squish import cost, encode, shorten, squish
@@ -204,7 +204,7 @@ def test_the_reference_model_is_the_policy_s_own_start_and_scorers_may_be_others
 
 def test_a_stage_s_reference_has_the_adapters_inside(tmp_path):
     """--stage-ref previous under LoRA: switching the policy's adapters off must not touch the reference."""
-    from model import add_lora
+    from lora import add_lora
     model, _ = load(TINY)
     add_lora(model, 2, 4.0)
     with torch.no_grad():
