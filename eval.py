@@ -18,11 +18,11 @@ from pathlib import Path
 from statistics import fmean, pstdev
 
 from config import Config, parse_stages, reward_names
-from metrics import bleu, meteor, rouge_l
+from metrics import bleu, copy_rate, distinct, meteor, repetition, rouge_l, templated
 from model import load
 from plumbing.folder import read_json
 from plumbing.posts import TINY, Post, has_splits, load_posts, load_split
-from rewards import NEED_MODEL, copy_rate, distinct, repetition, templated
+from rewards import NEED_MODEL
 from rollout import Group, sample
 from squish import fits, size
 from task import (

@@ -1,7 +1,8 @@
-"""ROUGE-L, BLEU and METEOR by hand: how much of a reference summary another text says again.
+"""Text in, numbers out: how much of a reference summary a text says again, and what shows that a policy cheats.
 
-Each is equal to the library that people quote (rouge_score, sacreBLEU, nltk), and several times faster, because it is
-done for single pairs of short texts. Formula, source and a worked example stand with each.
+ROUGE-L, BLEU and METEOR are equal to the libraries that people quote (rouge_score, sacreBLEU, nltk), and several times
+faster, because they are done for single pairs of short texts. Copies, repetitions, templates and form are counted in
+words. Formula, source and a worked example stand with each.
 """
 
 import math
@@ -247,3 +248,78 @@ def meteor(candidate: str, reference: str, alpha: float = 0.9, beta: float = 3.0
     p, r = m / len(ours), m / len(theirs)
     chunks = 1 + sum(b != (a[0] + 1, a[1] + 1) for a, b in zip(pairs, pairs[1:]))
     return p * r / (alpha * p + (1 - alpha) * r) * (1 - gamma * (chunks / m) ** beta)
+
+
+# ------------------------------------------------------------------------------------- what shows that a policy cheats
+
+
+def copy_rate(text: str, document: str, n: int = 3) -> float:
+    """Share of the text's word n-grams that stand in the document: 1 is cut out of it, 0 is all its own words.
+
+    A text of fewer than n words is looked for as a whole.
+
+    >>> copy_rate("a cat sat on a mat", "Then a cat sat on the mat.")  # a cat sat, cat sat on; not: sat on a, on a mat
+    0.5
+    """
+    words = words_13a(text.lower())
+    if not words:
+        return 0.0
+    n = min(n, len(words))
+    grams, there = list(ngrams(words, n)), set(ngrams(words_13a(document.lower()), n))
+    return sum(gram in there for gram in grams) / len(grams)
+
+
+def repetition(text: str, n: int = 3) -> float:
+    """Share of the text's word n-grams that it has said before: 0 for normal prose, near 1 for a loop.
+
+    >>> repetition("so it goes, so it goes, so it goes")  # 9 triples, the first 4 of which are new
+    0.5555555555555556
+    """
+    grams = list(ngrams(words_13a(text.lower()), n))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct(texts: Sequence[str], n: int = 2) -> float:
+    """Distinct-n of several texts (Li et al. 2016): different word n-grams / all word n-grams. 1: none comes twice.
+
+    >>> distinct(["the cat sat", "the cat ran"])  # the cat, cat sat, the cat, cat ran
+    0.75
+    """
+    grams = [gram for text in texts for gram in ngrams(words_13a(text.lower()), n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def own_shares(texts: Sequence[str], n: int = 2) -> list[float]:
+    """What each text adds to `distinct` of them all: an n-gram that stands k times in the group earns 1/k.
+
+    So the mean over the group, each text weighted by its n-grams, is distinct-n of the group: a reward for each text
+    whose sum is a property of all.
+
+    >>> own_shares(["the cat sat", "the cat ran"])  # (1/2 + 1) / 2 each
+    [0.75, 0.75]
+    """
+    per_text = [list(ngrams(words_13a(text.lower()), n)) for text in texts]
+    counts = Counter(gram for grams in per_text for gram in grams)
+    return [sum(1 / counts[gram] for gram in grams) / len(grams) if grams else 0.0 for grams in per_text]
+
+
+def templated(groups: Sequence[Sequence[str]], n: int = 3) -> float:
+    """Share of word n-grams that were also written about another post of the batch: stock phrases, fillers, templates.
+
+    >>> templated([["Tom won. He was happy."], ["Ann lost. He was happy."]])  # 3 of 5 triples each: . he was happy .
+    0.6
+    """
+    per_post = [[gram for text in texts for gram in ngrams(words_13a(text.lower()), n)] for texts in groups]
+    posts = Counter(gram for grams in per_post for gram in set(grams))
+    return sum(posts[g] > 1 for grams in per_post for g in grams) / max(1, sum(map(len, per_post)))
+
+
+def well_formed(text: str) -> float:
+    """1 for one line that begins like a sentence and ends like one, else 0.
+
+    >>> well_formed("The cat sat."), well_formed("the cat sat."), well_formed("The cat sat and")
+    (1.0, 0.0, 0.0)
+    """
+    text = text.strip()
+    return float(bool(text) and len(text.splitlines()) == 1 and not text[0].islower()
+                 and text.rstrip("\"'\u201d\u2019)").endswith((".", "!", "?")))

@@ -3,23 +3,20 @@
 Everything the policy is ever told about its summaries is decided in this file, by hand and by the standard library
 alone. Three things live here:
 
-1. the measures: length, and what shows that a policy cheats (copies, repetitions, templates); ROUGE-L, BLEU and METEOR
-   come from `metrics.py`;
-2. `REWARDS`, the table that gives each measure a name (a forker's first stop);
+1. `length_penalty`, the one measure that is made for training; the others are metrics (`metrics.py`);
+2. `REWARDS` and `GROUP_REWARDS`, the tables that give each measure a name (a forker's first stop);
 3. `parse`, which turns a line such as "length + 0.5*rouge_l" into a function that scores one group of completions.
 
 No tensors and no tokenizer: whoever sampled the tokens counts them, and hands over text and counts.
 """
 
-import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from metrics import bleu, meteor, ngrams, rouge_l, words_13a
+from metrics import bleu, copy_rate, meteor, own_shares, repetition, rouge_l, well_formed
 from plumbing.expression import read_sum
-from plumbing.server import embed
+from plumbing.server import similarities
 
 # ------------------------------------------------------------------------------------------------------------- length
 
@@ -39,102 +36,6 @@ def length_penalty(n_tokens: int, target: int) -> float:
     if target <= 0:
         raise ValueError(f"the target length must be a positive number of tokens, not {target}.")
     return -abs(n_tokens - target) / target
-
-
-# ------------------------------------------------------------------------------------- what shows that a policy cheats
-
-
-def copy_rate(text: str, document: str, n: int = 3) -> float:
-    """Share of the text's word n-grams that stand in the document: 1 is cut out of it, 0 is all its own words.
-
-    A text of fewer than n words is looked for as a whole.
-
-    >>> copy_rate("a cat sat on a mat", "Then a cat sat on the mat.")  # a cat sat, cat sat on; not: sat on a, on a mat
-    0.5
-    """
-    words = words_13a(text.lower())
-    if not words:
-        return 0.0
-    n = min(n, len(words))
-    grams, there = list(ngrams(words, n)), set(ngrams(words_13a(document.lower()), n))
-    return sum(gram in there for gram in grams) / len(grams)
-
-
-def repetition(text: str, n: int = 3) -> float:
-    """Share of the text's word n-grams that it has said before: 0 for normal prose, near 1 for a loop.
-
-    >>> repetition("so it goes, so it goes, so it goes")  # 9 triples, the first 4 of which are new
-    0.5555555555555556
-    """
-    grams = list(ngrams(words_13a(text.lower()), n))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def distinct(texts: Sequence[str], n: int = 2) -> float:
-    """Distinct-n of several texts (Li et al. 2016): different word n-grams / all word n-grams. 1: none comes twice.
-
-    >>> distinct(["the cat sat", "the cat ran"])  # the cat, cat sat, the cat, cat ran
-    0.75
-    """
-    grams = [gram for text in texts for gram in ngrams(words_13a(text.lower()), n)]
-    return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def own_shares(texts: Sequence[str], n: int = 2) -> list[float]:
-    """What each text adds to `distinct` of them all: an n-gram that stands k times in the group earns 1/k.
-
-    So the mean over the group, each text weighted by its n-grams, is distinct-n of the group: a reward for each text
-    whose sum is a property of all.
-
-    >>> own_shares(["the cat sat", "the cat ran"])  # (1/2 + 1) / 2 each
-    [0.75, 0.75]
-    """
-    per_text = [list(ngrams(words_13a(text.lower()), n)) for text in texts]
-    counts = Counter(gram for grams in per_text for gram in grams)
-    return [sum(1 / counts[gram] for gram in grams) / len(grams) if grams else 0.0 for grams in per_text]
-
-
-def templated(groups: Sequence[Sequence[str]], n: int = 3) -> float:
-    """Share of word n-grams that were also written about another post of the batch: stock phrases, fillers, templates.
-
-    >>> templated([["Tom won. He was happy."], ["Ann lost. He was happy."]])  # 3 of 5 triples each: . he was happy .
-    0.6
-    """
-    per_post = [[gram for text in texts for gram in ngrams(words_13a(text.lower()), n)] for texts in groups]
-    posts = Counter(gram for grams in per_post for gram in set(grams))
-    return sum(posts[g] > 1 for grams in per_post for g in grams) / max(1, sum(map(len, per_post)))
-
-
-def well_formed(text: str) -> float:
-    """1 for one line that begins like a sentence and ends like one, else 0.
-
-    >>> well_formed("The cat sat."), well_formed("the cat sat."), well_formed("The cat sat and")
-    (1.0, 0.0, 0.0)
-    """
-    text = text.strip()
-    return float(bool(text) and len(text.splitlines()) == 1 and not text[0].islower()
-                 and text.rstrip("\"'\u201d\u2019)").endswith((".", "!", "?")))
-
-
-def embedding(summaries: Sequence["Summary"]) -> list[float]:
-    """Cosine similarity of each text's vector with its reference's, in [-1, 1]; 0 where one of the two is blank.
-
-    The vectors are those of any OpenAI-compatible server of embeddings ($OPENAI_BASE_URL, $EMBEDDING_MODEL), which is
-    asked once for a whole group.
-    """
-    pairs = [(s.text, s.reference) for s in summaries]
-    vectors = embed([text for pair in pairs for text in pair if text.strip()])
-    return [cosine(vectors[text], vectors[reference]) if text.strip() and reference.strip() else 0.0
-            for text, reference in pairs]
-
-
-def cosine(a: Sequence[float], b: Sequence[float]) -> float:
-    """a b / (|a| |b|).
-
-    >>> cosine([3.0, 4.0], [4.0, 3.0])
-    0.96
-    """
-    return sum(map(float.__mul__, a, b)) / max(1e-12, math.hypot(*a) * math.hypot(*b))
 
 
 # ----------------------------------------------------------------------------------------------- names and expressions
@@ -176,7 +77,7 @@ REWARDS: dict[str, Callable[[Summary], float]] = {
 # model, or a measure that compares the summaries with each other.
 GROUP_REWARDS: dict[str, Callable[[Sequence[Summary]], list[float]]] = {
     "distinct": lambda group: own_shares([s.text for s in group]),
-    "embedding": embedding,
+    "embedding": lambda group: similarities([(s.text, s.reference) for s in group]),
 }
 NEED_REFERENCE = {"rouge_l", "bleu", "meteor", "embedding"}  # these compare with the post's own summary
 NEED_MODEL = {"squish", "cost"}  # these are measured by a language model, see squish.py

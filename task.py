@@ -24,9 +24,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from config import Config, parse_budgets
+from metrics import distinct, repetition, templated
 from model import Transformer
 from plumbing.posts import Post, load_posts
-from rewards import NEED_MODEL, Reward, distinct, repetition, templated
+from rewards import NEED_MODEL, Reward
 from rollout import Group
 from squish import allowance, cost, encode, ensemble, fits, size
 

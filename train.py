@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 
+import grpo
+import task
 from config import Config, Stage, check, parse_stages, reward_names
 from eval import evaluate
-from grpo import group_logprobs, micro_batches, update
 from lora import add_lora, merge_lora, save_adapters
 from model import Cache, load, pad, save
 from plumbing import memory
@@ -35,18 +36,6 @@ from plumbing.posts import TINY, Post, load_split
 from rewards import NEED_MODEL, NEED_REFERENCE
 from rollout import Group, sample
 from squish import shorten
-from task import (
-    CLOSE,
-    budgets_of,
-    choose_template,
-    completion_limit,
-    describe_goal,
-    has_budget,
-    has_tag,
-    make_task,
-    score,
-    tasks_of,
-)
 
 
 def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
@@ -71,7 +60,7 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     # A run is its weights, the optimizer's moments and a step number. All else follows from the seed and the step, so a
     # resumed run repeats the uninterrupted one bit for bit.
     step = load_checkpoint(folder, model, optimizer) if resume else 0
-    log = Log(folder, config, stages, step, describe_goal(config))
+    log = Log(folder, config, stages, step, task.describe_goal(config))
     log.begin(model, posts, held_out)
 
     def held_out_summaries() -> dict:
@@ -111,19 +100,19 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
             parameters["lr"] = learning_rate(step, total, config)
 
         # 1. B posts, each with a prompt that asks for a summary of a certain size. Every epoch has an order of its own.
-        tasks = tasks_of(posts, step, config, tokenizer)
+        tasks = task.tasks_of(posts, step, config, tokenizer)
         # 2. The policy writes G summaries of each. The same temperature divides the logits here and in the loss: else
         #    the policy that is trained would not be the one that wrote.
-        groups = sample(model, [task.prompt for task in tasks], G=config.group, max_new_tokens=config.max_new_tokens,
+        groups = sample(model, [each.prompt for each in tasks], G=config.group, max_new_tokens=config.max_new_tokens,
                         temperature=config.temperature, seed=config.seed * 1_000_003 + step, tokenizer=tokenizer,
-                        stop_text=CLOSE if has_tag(config.template) else "")
+                        stop_text=task.CLOSE if task.has_tag(config.template) else "")
         # 3. Each summary gets a number. Any function of the text will do, for no gradient goes through it: the loss
         #    asks only how much better than its own group a summary was.
-        line = score(groups, tasks, stage.reward, config, tokenizer, scorers)
+        line = task.score(groups, tasks, stage.reward, config, tokenizer, scorers)
         # 4. Summaries that did better than their own group become likelier, the others less likely: not too far from
         #    the policy that wrote them (the clip), nor from the reference model (the KL).
         try:
-            line |= update(model, ref_model, groups, optimizer, config)
+            line |= grpo.update(model, ref_model, groups, optimizer, config)
         except FloatingPointError as e:
             raise last_good_weights(e, folder, model, tokenizer, optimizer, log.last + 1) from e
 
@@ -187,17 +176,17 @@ def choose_posts(config: Config, stages: list[Stage], model, tokenizer) -> tuple
     Settles what --template and --max-new-tokens leave open, and refuses what cannot work with these posts.
     """
     names = reward_names(stages)
-    config.template = config.template or choose_template(model, tokenizer, names)
+    config.template = config.template or task.choose_template(model, tokenizer, names)
     unit_of = {"chars": "char_length", "tokens": "length"}
     for name in names & {"length", "char_length"}:
-        if has_budget(config.template) and name != unit_of[config.budget_unit]:
+        if task.has_budget(config.template) and name != unit_of[config.budget_unit]:
             raise ValueError(f"--stages: '{name}' does not go with budgets of {config.budget_unit}: take "
                              f"{unit_of[config.budget_unit]}, whose target is then the budget.")
     splits = load_split(config.data, config.eval_data, config.max_posts, config.min_chars)
     if config.max_document:
         splits = [[replace(post, document=shorten(tokenizer, post.document, config.max_document)) for post in posts]
                   for posts in splits]
-    config.max_new_tokens = max(completion_limit(tokenizer, posts, config) for posts in splits)
+    config.max_new_tokens = max(task.completion_limit(tokenizer, posts, config) for posts in splits)
     (posts, prompts), (held_out, _) = (posts_that_fit(posts, config, model, tokenizer) for posts in splits)
     if len(posts) < config.prompts or not held_out:
         raise ValueError(f"{len(posts)} posts to train on and {len(held_out)} held out are too few for batches "
@@ -218,7 +207,7 @@ def posts_that_fit(posts: list[Post], config: Config, model, tokenizer) -> tuple
                          f"{context}: lower --target, --budgets or --max-new-tokens.")
     kept, prompts = [], []
     for post in posts:
-        prompt = max((make_task(tokenizer, post, config, budget).prompt for budget in budgets_of(config)), key=len)
+        prompt = max((task.make_task(tokenizer, post, config, budget).prompt for budget in task.budgets_of(config)), key=len)
         if config.max_prompt and len(prompt) > config.max_prompt:
             continue
         if len(prompt) > room:
@@ -284,11 +273,11 @@ def rehearse_largest_step(model, ref_model, longest_prompts: list[list[int]], co
             model.hidden(padded, Cache(), mask)
 
     def learn(micro_tokens):
-        batch = micro_batches(groups, torch.zeros(B, G, device=device), micro_tokens)[0]  # the largest
+        batch = grpo.micro_batches(groups, torch.zeros(B, G, device=device), micro_tokens)[0]  # the largest
         if ref_model is not None:
             with torch.no_grad(), ref_model.adapters_off():
-                group_logprobs(ref_model, batch.prompts, batch.tokens, batch.mask)
-        group_logprobs(model, batch.prompts, batch.tokens, batch.mask)[0].sum().backward()
+                grpo.group_logprobs(ref_model, batch.prompts, batch.tokens, batch.mask)
+        grpo.group_logprobs(model, batch.prompts, batch.tokens, batch.mask)[0].sum().backward()
 
     memory.rehearse(model, sample=prefill, learn=learn, prompts=B, prompt_tokens=max(map(len, longest_prompts)),
                     new_tokens=T, micro_tokens=config.micro_tokens, checkpointing=config.checkpointing, free=free)

@@ -4,12 +4,28 @@ $OPENAI_BASE_URL says where it is (Ollama on this machine unless told), $OPENAI_
 """
 
 import json
+import math
 import os
 import urllib.request
 from collections.abc import Sequence
 
 _known: dict[tuple[str, str, str], list[float]] = {}  # (server, model, text) -> vector; references come back each epoch
 MOST = 4096  # vectors that are kept
+
+
+def similarities(pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """Cosine similarity of each pair of texts by their vectors, in [-1, 1]; 0 where one of the two is blank."""
+    vectors = embed([text for pair in pairs for text in pair if text.strip()])
+    return [cosine(vectors[a], vectors[b]) if a.strip() and b.strip() else 0.0 for a, b in pairs]
+
+
+def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    """a b / (|a| |b|).
+
+    >>> cosine([3.0, 4.0], [4.0, 3.0])
+    0.96
+    """
+    return sum(map(float.__mul__, a, b)) / max(1e-12, math.hypot(*a) * math.hypot(*b))
 
 
 def embed(texts: Sequence[str]) -> dict[str, list[float]]:

@@ -31,13 +31,13 @@ import torch
 
 from config import Config
 from eval import evaluate
+from metrics import own_shares
 from model import load
 from plumbing.folder import read_json, write_text
 from plumbing.log import read_lines
 from plumbing.posts import TINY, load_posts
 from plumbing.significance import holm, interval, sign_flip
 from plumbing.words import find_wordnet
-from rewards import own_shares
 from task import within
 
 QUALITIES = ("rouge_l", "meteor", "bleu", "rouge_l+meteor", "rouge_l+bleu", "meteor+bleu", "rouge_l+meteor+bleu")

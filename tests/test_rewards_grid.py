@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rewards import distinct, parse
+from metrics import distinct
+from rewards import parse
 from studies import rewards_grid
 from studies.rewards_grid import configurations, measure, run_folder, table, train
 from train import parse_stages
