@@ -24,8 +24,8 @@ class Full(Exception):
 
 
 CGROUP = Path("/sys/fs/cgroup")  # where Linux writes what a container may take and what it has taken
-LIMIT_AND_USE = (("memory.max", "memory.current"),  # cgroup v2, and v1
-                 ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+LIMIT_AND_USE = (("memory.max", "memory.current"),  # version 2
+                 ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))  # version 1
 
 
 def available(cgroup: Path = CGROUP) -> int | None:

@@ -1,7 +1,7 @@
-"""What may be said of a difference between runs: intervals, a permutation test, and a correction for many of them.
+"""Is a difference between runs real? Intervals, a permutation test, and a correction for many comparisons.
 
-They are written out because no library draws seeds and posts again together; scipy is their oracle where it has the
-same.
+scipy's bootstrap cannot resample seeds and posts together, so all three are written by hand. scipy is their oracle in
+the tests.
 """
 
 from collections.abc import Callable
