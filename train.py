@@ -32,7 +32,7 @@ from plumbing.checkpoint import load_checkpoint, save_checkpoint, stage_copy
 from plumbing.cli import Stop, open_run, read_arguments
 from plumbing.curves import draw_curves
 from plumbing.log import Log
-from plumbing.posts import TINY, Post, load_split
+from plumbing.posts import TINY, Post, load_split, posts_that_fit
 from rewards import NEED_MODEL, NEED_REFERENCE
 from rollout import Group, sample
 from squish import shorten
@@ -187,7 +187,14 @@ def choose_posts(config: Config, stages: list[Stage], model, tokenizer) -> tuple
         splits = [[replace(post, document=shorten(tokenizer, post.document, config.max_document)) for post in posts]
                   for posts in splits]
     config.max_new_tokens = max(task.completion_limit(tokenizer, posts, config) for posts in splits)
-    (posts, prompts), (held_out, _) = (posts_that_fit(posts, config, model, tokenizer) for posts in splits)
+
+    def longest_prompt(post: Post) -> list[int]:
+        return max((task.make_task(tokenizer, post, config, budget).prompt for budget in task.budgets_of(config)),
+                   key=len)
+
+    (posts, prompts), (held_out, _) = (
+        posts_that_fit(posts, longest_prompt, max_prompt=config.max_prompt, new_tokens=config.max_new_tokens,
+                       context=model.config.max_position_embeddings) for posts in splits)
     if len(posts) < config.prompts or not held_out:
         raise ValueError(f"{len(posts)} posts to train on and {len(held_out)} held out are too few for batches "
                          f"of {config.prompts}: give more posts, lower --prompts or raise --max-prompt.")
@@ -196,27 +203,6 @@ def choose_posts(config: Config, stages: list[Stage], model, tokenizer) -> tuple
         raise ValueError(f"{config.data} has no summaries for {', '.join(compared)} to compare with: call their field "
                          f"'summary', or train with --stages length:N or squish:N.")
     return posts, held_out[:config.eval_posts], sorted(prompts, key=len)[-config.prompts:]
-
-
-def posts_that_fit(posts: list[Post], config: Config, model, tokenizer) -> tuple[list[Post], list[list[int]]]:
-    """-> (the posts whose prompts fit, their prompts). --max-prompt leaves others out; else they are refused."""
-    context = model.config.max_position_embeddings
-    room = context - config.max_new_tokens
-    if room < 1:
-        raise ValueError(f"{config.max_new_tokens} new tokens leave no room for a prompt in the model's context of "
-                         f"{context}: lower --target, --budgets or --max-new-tokens.")
-    kept, prompts = [], []
-    for post in posts:
-        prompt = max((task.make_task(tokenizer, post, config, budget).prompt for budget in task.budgets_of(config)), key=len)
-        if config.max_prompt and len(prompt) > config.max_prompt:
-            continue
-        if len(prompt) > room:
-            raise ValueError(f"Post {post.id} has a prompt of {len(prompt)} tokens; with {config.max_new_tokens} new "
-                             f"ones it does not fit into the model's context of {context}. Leave such posts out "
-                             f"(--max-prompt {room}), or cut their documents (--max-document).")
-        kept.append(post)
-        prompts.append(prompt)
-    return kept, prompts
 
 
 def frozen_models(config: Config, stages: list[Stage], model, tokenizer) -> tuple:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,3 +118,27 @@ def _post(line: str, where: str, number: int, document: str | None, reference: s
     except UnicodeEncodeError as e:
         raise ValueError(f"{where} holds half a character, which no tokenizer takes ({e}): mend that line.") from e
     return Post(text.strip(), summary.strip(), str(row.get("id", number)))
+
+
+def posts_that_fit(posts: Sequence[Post], prompt_of: Callable[[Post], list[int]], *, max_prompt: int, new_tokens: int,
+                   context: int) -> tuple[list[Post], list[list[int]]]:
+    """-> (the posts whose prompts fit into the context beside the new tokens, their prompts).
+
+    `max_prompt` (0: none) leaves out the posts of longer prompts. What does not fit then is refused, by its name.
+    """
+    room = context - new_tokens
+    if room < 1:
+        raise ValueError(f"{new_tokens} new tokens leave no room for a prompt in the model's context of {context}: "
+                         f"lower --target, --budgets or --max-new-tokens.")
+    kept, prompts = [], []
+    for post in posts:
+        prompt = prompt_of(post)
+        if max_prompt and len(prompt) > max_prompt:
+            continue
+        if len(prompt) > room:
+            raise ValueError(f"Post {post.id} has a prompt of {len(prompt)} tokens; with {new_tokens} new ones it does "
+                             f"not fit into the model's context of {context}. Leave such posts out (--max-prompt {room}"
+                             f"), or cut their documents (--max-document).")
+        kept.append(post)
+        prompts.append(prompt)
+    return kept, prompts
