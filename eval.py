@@ -7,7 +7,9 @@ test posts. Greedy means the likeliest token at each step. There is no chance in
 few posts; but it is not what GRPO trains, which is the mean over what the policy samples. Greedy summaries are usually
 the better ones.
 
-Read the summaries too (--show 5). A number says how much changed, and never what.
+What to look at first: the run's own reward and its parts, which say what training bought; then the metrics that it
+was not paid by, which say at what price. Read the summaries too (--show 5): a number says how much changed, and never
+what.
 """
 
 import argparse
@@ -87,7 +89,8 @@ def evaluate(model, tokenizer, posts: Sequence[Post], config, scorers: Sequence 
         found = [row_of(group, task, config, tokenizer) for group, task in zip(groups, tasks)]
         results[budget] = means | summarise(found, posts)
         rows += found
-    # One budget or none: its numbers. Several: their mean under the plain name, and each one's own beside it.
+    # Without budgets there is one set of numbers. With them, the plain name is the mean over all, and each budget's own
+    # number stands beside it.
     result = {"n": len(posts)}
     for name in next(iter(results.values())):
         result[name] = fmean(means[name] for means in results.values())
@@ -167,7 +170,10 @@ def posts_of(config: Config, args: argparse.Namespace) -> list[Post]:
 
 
 def scorers_of(config: Config) -> list:
-    """The models that measure squish and cost: those of --references, or the one that the run began with."""
+    """The models that measure squish and cost: those of --references, or the one that the run began with.
+
+    They are loaded anew, for the run's own model has moved; under LoRA its base has not, but a merged folder hides it.
+    """
     if NEED_MODEL.isdisjoint(reward_names(parse_stages(config.stages))):
         return []
     return [load(TINY if name == "tiny" else name) for name in (config.references or config.model).split(",") if name]
