@@ -17,6 +17,7 @@ import uuid
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 
 from plumbing.folder import write_file
@@ -24,8 +25,6 @@ from plumbing.folder import write_file
 # owner/name or owner/name/config, but not a file that is missing
 NAME = re.compile(r"(?!\.)(?!.*\.(?:jsonl?|csv|parquet|gz|zst)$)([\w.-]+/[\w.-]+)(?:/([\w.+-]+))?")
 VALIDATION = ("validation", "val", "valid", "dev")  # people write all of these and mean one
-BUSY = (408, 429, 500, 502, 503, 504)
-NETWORK = "httpx"  # the modules that huggingface_hub speaks through, whose errors pass datasets untranslated
 MANY_FILES = 20  # of up to half a gigabyte each: so large a split is not read whole
 
 
@@ -80,7 +79,8 @@ def open_splits(source: str) -> dict:
                 return datasets.load_dataset(name, config, streaming=True)
             except Exception as e:  # of many types, as versions go
                 status = getattr(getattr(e, "response", None), "status_code", 0)
-                if wait is None or status not in BUSY and not type(e).__module__.startswith(NETWORK):
+                busy = status in (408, 429) or status >= 500 or type(e).__module__.startswith("httpx")
+                if wait is None or not busy:
                     raise
                 print(f"{source}: {says(e)}; trying again in {wait} s.", file=sys.stderr, flush=True)
                 time.sleep(wait)
@@ -89,18 +89,13 @@ def open_splits(source: str) -> dict:
 def stream(source: str, splits: dict, split: str, limit: int, counts: Callable[[dict], bool]) -> list[dict]:
     """The rows that count, up to `limit` of them. Each has an id: its own, or its number in the split."""
     from tqdm import tqdm
-    rows: list[dict] = []
     files = splits[split].num_shards if split in splits else 0
     if files > MANY_FILES and not limit:
         raise ValueError(f"{source} {split} is {files} large files: say how many posts you want, --max-posts 1000.")
-    with calm(source), tqdm(desc=f"{source} {split}", total=limit or None, unit=" posts", disable=None) as bar:
-        for number, row in enumerate(splits[split], 1):
-            if counts(row):
-                rows.append(row if row.get("id") is not None else {**row, "id": number})
-                bar.update()
-            if limit and len(rows) == limit:
-                break
-    return rows
+    with calm(source):
+        wanted = ((number, row) for number, row in enumerate(splits[split], 1) if counts(row))
+        bar = tqdm(islice(wanted, limit or None), f"{source} {split}", limit or None, unit=" posts", disable=None)
+        return [row if row.get("id") is not None else {**row, "id": number} for number, row in bar]
 
 
 @contextmanager
@@ -111,8 +106,8 @@ def calm(source: str):
     except ImportError as e:
         raise ValueError(f"{source} is read with the package datasets, which cannot be imported ({says(e)}): "
                          f"pip install datasets, or pass a .jsonl file.") from e
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
+    for name in ("datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
@@ -120,8 +115,6 @@ def calm(source: str):
             yield datasets
     except Exception as e:
         raise explain(e, source) from e
-    finally:
-        logging.disable(level)
 
 
 def explain(error: Exception, source: str) -> Exception:
@@ -139,10 +132,9 @@ def explain(error: Exception, source: str) -> Exception:
                                   f"one of {', '.join(f'{name}/{p}' for p in parts[:20])}.")
     missing = f"There is no file or folder {source}, and the hub"
     if isinstance(error, exceptions.DatasetNotFoundError | RepositoryNotFoundError):  # gated ones too
-        return OSError(f"{missing} shows you no data set of that name: check the spelling; if it is gated or private, "
-                       f"accept its terms at https://huggingface.co/datasets/{name} and log in with 'hf auth login' or "
-                       f"HF_TOKEN.")
-    if isinstance(error, ConnectionError) or type(error).__module__.startswith(NETWORK):
+        return OSError(f"{missing} shows you no such data set: check the spelling; if it is gated or private, accept "
+                       f"its terms at https://huggingface.co/datasets/{name} and log in with 'hf auth login' or HF_TOKEN.")
+    if isinstance(error, ConnectionError) or type(error).__module__.startswith("httpx"):
         why = "HF_HUB_OFFLINE is set" if config.HF_HUB_OFFLINE else says(error)
         return OSError(f"{missing} cannot be reached for a data set of that name ({why}): check the connection, or "
                        f"pass a .jsonl file.")

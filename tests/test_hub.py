@@ -534,13 +534,13 @@ def process(tmp_path):
 def test_names_instead_of_folders_on_the_command_line(repository, data, process):
     """Model and posts by name, then misspelt, then again with the hub gone."""
     args = ["--data", DATA, "--target", "6", "--n", "3"]
-    first = process(ROOT / "eval.py", NAME, *args, HF_HUB_DISABLE_PROGRESS_BARS="1")
+    first = process(ROOT / "eval.py", NAME, *args, HF_HUB_DISABLE_PROGRESS_BARS="1")  # but for the model's own
     assert first.returncode == 0 and first.stderr == "", first.stderr
     assert first.stdout.splitlines()[1].split()[:2] == [NAME, "3"]
     wrong = process(ROOT / "eval.py", "crisp/tyni", *args)
     assert wrong.returncode == 1 and wrong.stderr.startswith("eval.py: There is no folder crisp/tyni")
     assert wrong.stderr.count("\n") == 1
-    wrong = process(ROOT / "eval.py", NAME, "--data", "mlabonne/smoltdlr")
+    wrong = process(ROOT / "eval.py", "tiny", "--data", "mlabonne/smoltdlr")
     assert wrong.returncode == 1 and wrong.stderr.startswith("eval.py: There is no file or folder mlabonne/smoltdlr")
     assert wrong.stderr.count("\n") == 1
     repository.close()
