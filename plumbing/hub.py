@@ -14,7 +14,6 @@ import re
 import sys
 import time
 import uuid
-import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -100,21 +99,25 @@ def stream(source: str, splits: dict, split: str, limit: int, counts: Callable[[
 
 @contextmanager
 def calm(source: str):
-    """`datasets`, without its bars, warnings and logs; what it raises in here becomes a sentence."""
+    """`datasets`, without its bars and logs; what it raises in here becomes a sentence."""
     try:
         import datasets
     except ImportError as e:
         raise ValueError(f"{source} is read with the package datasets, which cannot be imported ({says(e)}): "
                          f"pip install datasets, or pass a .jsonl file.") from e
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     for name in ("datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
     datasets.disable_progress_bars()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield datasets
+        yield datasets
     except Exception as e:
         raise explain(e, source) from e
+    finally:
+        if shown:  # a model may still be downloaded
+            enable_progress_bars()
 
 
 def explain(error: Exception, source: str) -> Exception:
@@ -132,8 +135,8 @@ def explain(error: Exception, source: str) -> Exception:
                                   f"one of {', '.join(f'{name}/{p}' for p in parts[:20])}.")
     missing = f"There is no file or folder {source}, and the hub"
     if isinstance(error, exceptions.DatasetNotFoundError | RepositoryNotFoundError):  # gated ones too
-        return OSError(f"{missing} shows you no such data set: check the spelling; if it is gated or private, accept "
-                       f"its terms at https://huggingface.co/datasets/{name} and log in with 'hf auth login' or HF_TOKEN.")
+        return OSError(f"{missing} shows you no such data set: check the spelling; if gated or private, accept its "
+                       f"terms at https://huggingface.co/datasets/{name} and log in with 'hf auth login' or HF_TOKEN.")
     if isinstance(error, ConnectionError) or type(error).__module__.startswith("httpx"):
         why = "HF_HUB_OFFLINE is set" if config.HF_HUB_OFFLINE else says(error)
         return OSError(f"{missing} cannot be reached for a data set of that name ({why}): check the connection, or "

