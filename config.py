@@ -36,8 +36,8 @@ class Config:
     # --- what is learnt, and from which posts ---
     # A model is a Hugging Face folder; posts are JSON lines with a document and, for most rewards, somebody's summary.
     model: str = flag("tiny", "a Hugging Face folder, a hub name, or tiny")
-    data: str = flag("tiny", "posts to train on: tiny, a folder with train.jsonl, a .jsonl or .jsonl.gz file, or a "
-                             "hub data set such as mlabonne/smoltldr")
+    data: str = flag("tiny", "posts to train on: tiny, a folder with train.jsonl, a .jsonl, .csv, .json or .parquet "
+                             "file, or a hub data set such as mlabonne/smoltldr")
     eval_data: str = flag("", "held-out posts; empty: the data's own val or test split, else a tenth of the data")
     max_posts: int = flag(0, "take only the first so many posts of the data and of the held-out data; 0: all")
     min_chars: int = flag(0, "leave out posts of fewer characters")

@@ -184,8 +184,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("models", nargs="+", metavar="RUN_OR_MODEL", help="a run, a model folder, or 'tiny'")
-    parser.add_argument("--data", help="posts: tiny, a folder, a .jsonl file or a hub data set (default: the run's "
-                                       "own, or tiny)")
+    parser.add_argument("--data", help="posts: tiny, a folder, a file or a hub data set (default: the run's own, "
+                                       "or tiny)")
     parser.add_argument("--split", default="test", help="which split of a folder or hub data set (default: test)")
     parser.add_argument("--target", type=int, help="wanted length in tokens (default: the run's own, or 30)")
     parser.add_argument("--max-new-tokens", type=int, default=0, help="where a summary is cut (0: twice the target)")

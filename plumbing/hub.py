@@ -1,36 +1,30 @@
-"""Data sets of the Hugging Face hub, without a package for them: pages of rows, or gzipped JSON lines that stream in.
+"""Data sets over the `datasets` package, which is imported only for names of the hub, .csv, .parquet and .json files.
 
-What was fetched is kept as one .jsonl.gz file in CRISP_CACHE, $XDG_CACHE_HOME/crisp or ~/.cache/crisp, and never asked
-for again; it is written beside its place and renamed, so that a file which is there is whole. Delete it to fetch anew.
+What was streamed from the hub is kept as one .jsonl.gz file in CRISP_CACHE, $XDG_CACHE_HOME/crisp or ~/.cache/crisp and
+never asked for again: a run resumes with the same posts, without a connection and whatever the hub holds by then. It is
+written beside its place and renamed, so that a file which is there is whole. Delete it to fetch anew.
 """
 
+import errno
 import gzip
-import io
 import json
+import logging
 import os
 import re
 import sys
 import time
 import uuid
-import zlib
 from collections.abc import Callable
-from email.utils import mktime_tz, parsedate_tz
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
-from urllib.parse import urlencode
 
 from plumbing.folder import write_file
 
-NAME = re.compile(r"(?!\.)[\w.-]+/[\w.-]+(/[\w.-]+)?(?<!\.jsonl)(?<!\.gz)")  # owner/name or owner/name/config
-PAGE = 100  # rows; the most that one request may ask for
-PIECE = 1 << 22  # bytes of a stream that one request asks for
-WAITS = (1, 2, 4, 8, 16)  # seconds before each new try
+# owner/name or owner/name/config, but not a file that is missing
+NAME = re.compile(r"(?!\.)(?!.*\.(?:jsonl?|csv|parquet|gz|zst)$)([\w.-]+/[\w.-]+)(?:/([\w.+-]+))?")
 VALIDATION = ("validation", "val", "valid", "dev")  # people write all of these and mean one
-
-# --- your experiment starts here: a data set of gzipped JSON lines, file name and number of files of each split ---
-STREAMS = {
-    "allenai/c4/realnewslike": {"train": ("c4-train.{:05d}-of-00512.json.gz", 512),
-                                "validation": ("c4-validation.{:05d}-of-00001.json.gz", 1)},
-}
+MANY_FILES = 20  # of up to half a gigabyte each: so large a split is not read whole
 
 
 def spellings(split: str) -> list[str]:
@@ -43,230 +37,116 @@ def spellings(split: str) -> list[str]:
 
 
 def fetch(source: str, split: str, limit: int, counts: Callable[[dict], bool], note: str = "") -> Path:
-    """`owner/name` or `owner/name/config` -> the local .jsonl.gz with its rows, fetched where it is not there yet.
+    """`owner/name` or `owner/name/config` -> the local .jsonl.gz with its rows that count, streamed if it is not there.
 
-    limit: stop when so many rows count (0: the whole split). `counts(row)` says which do, and `note` says it in the
+    limit: stop when there are so many (0: the whole split). `counts(row)` says which count, and `note` says it in the
     file's name. Raises FileNotFoundError for a split that is not there, else OSError or ValueError, with a sentence.
     """
     folder = Path(os.environ.get("CRISP_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "crisp"))
-    folder = folder.expanduser()
-    splits = STREAMS.get(source) or list_splits(source, folder / f"{source.replace('/', '--')}.json")
-    found = next((name for name in spellings(split) if name in splits), None)
+    stem = str(folder.expanduser() / source.replace("/", "--"))
+    known, splits = Path(f"{stem}.json"), None
+    if not known.exists():  # kept too: without a connection as well it is known that there is no "val"
+        splits = open_splits(source)
+        place(known, json.dumps(list(splits)).encode())
+    names = list(json.loads(known.read_text(encoding="utf-8")))
+    found = next((name for name in spellings(split) if name in names), None)
     if found is None:
-        raise FileNotFoundError(f"{source} has no split '{split}': it has {', '.join(splits)}. Take one of "
+        raise FileNotFoundError(f"{source} has no split '{split}': it has {', '.join(names)}. Take one of "
                                 f"those, or hold out other posts with --eval-data.")
-    stem = f"{source}/{found}".replace("/", "--")
-    path = folder / f"{stem}{f'-first-{limit}' if limit else ''}{note}.jsonl.gz"
-    for kept in (folder / f"{stem}.jsonl.gz", path):  # the whole split serves every limit
+    path = Path(f"{stem}--{found}{f'-first-{limit}' if limit else ''}{note.replace('/', '-')}.jsonl.gz")
+    for kept in (Path(f"{stem}--{found}.jsonl.gz"), path):  # the whole split serves every limit
         if kept.exists():
             return kept
-    if source in STREAMS:
-        rows = stream(source, *splits[found], limit, counts)
-    else:
-        rows = pages(source, splits[found], found, limit, counts, path.with_name(path.name + ".pages"))
-
-    def write(part: Path) -> None:
-        with gzip.open(part, "wt", encoding="utf-8", compresslevel=6) as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
-
-    place(path, write)
-    path.with_name(path.name + ".pages").unlink(missing_ok=True)
+    rows = stream(source, splits or open_splits(source), found, limit, counts)
+    place(path, gzip.compress("".join(json.dumps(row, default=str) + "\n" for row in rows).encode(), 6))
     return path
 
 
-def place(path: Path, write: Callable[[Path], object]) -> None:
+def place(path: Path, content: bytes) -> None:
     """Write under a name of our own and rename: another run may be fetching the same."""
     mine = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
-    write_file(mine, write)
+    write_file(mine, lambda part: part.write_bytes(content))
     os.replace(mine, path)
 
 
-# --- pages of rows ----------------------------------------------------------------------------------------------------
-
-
-def rows_api(source: str, endpoint: str, **query) -> dict:
-    """One answer of the hub's rows API, https://huggingface.co/docs/dataset-viewer."""
-    base = os.environ.get("CRISP_DATASETS_SERVER", "https://datasets-server.huggingface.co")
-    answer = get(source, f"{base}/{endpoint}?{urlencode(query)}")
-    try:
-        value = answer.json()
-    except ValueError as e:
-        raise OSError(f"{base} answers for {source} with something that is not JSON ({e}): is a proxy or a login page "
-                      f"in between?") from e
-    if not isinstance(value, dict):
-        raise OSError(f"{base} answers for {source} with {str(value)[:60]!r}, which is no answer: try again later.")
-    return value
-
-
-def list_splits(source: str, path: Path) -> dict[str, str]:
-    """{split: config} of the config that `source` names, or of the only or default one; kept in `path`."""
-    dataset, config = "/".join(source.split("/")[:2]), source.split("/")[2:]
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
-    found = [(s["config"], s["split"]) for s in rows_api(source, "splits", dataset=dataset).get("splits", [])]
-    configs = list(dict.fromkeys(c for c, _ in found))
-    config = config or [c for c in configs if len(configs) == 1 or c == "default"]
-    if not config or config[0] not in configs:
-        raise ValueError(f"{dataset} is {len(configs)} data sets: take one of "
-                         f"{', '.join(f'{dataset}/{c}' for c in configs[:20]) or 'none, it has no rows'}.")
-    splits = {split: c for c, split in found if c == config[0]}
-    place(path, lambda part: part.write_text(json.dumps(splits), encoding="utf-8"))
-    return splits
-
-
-def pages(source: str, config: str, split: str, limit: int, counts, kept: Path) -> list[dict]:
-    """The rows of a split from its first on, until `limit` of them count or it ends.
-
-    Each page is a line of `kept`, so that a fetch which was broken off goes on where it stopped.
-    """
-    from tqdm import tqdm
-    done, rows, n = read_pages(kept), [], 0
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with open(kept, "a", encoding="utf-8") as f, tqdm(desc=f"{source} {split}", unit=" posts", disable=None) as bar:
-            while True:
-                page = done.get(len(rows))
-                if page is None:
-                    page = read_page(source, config, split, len(rows))
-                    f.write("\n" + json.dumps(page) + "\n")  # on a line of its own, even after one that was cut
-                    f.flush()
-                rows += page["rows"]
-                n += sum(map(counts, page["rows"]))
-                bar.total = limit or page["total"]
-                bar.update(n - bar.n if limit else len(page["rows"]))
-                if len(rows) >= page["total"] or limit and n >= limit:
-                    return rows
-    except OSError as e:
-        if e.errno is None:  # the network's, and a sentence
-            raise
-        raise OSError(f"Could not write {kept} ({e.strerror}): free some space, or set CRISP_CACHE to a folder on a "
-                      f"larger disk.") from e
-
-
-def read_pages(kept: Path) -> dict[int, dict]:
-    """Pages of an earlier fetch, by their first row; a line that a kill has cut is no page."""
-    done = {}
-    for line in kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []:
-        try:
-            page = json.loads(line)
-            done[page["offset"]] = page
-        except (ValueError, KeyError, TypeError):
-            continue
-    return done
-
-
-def read_page(source: str, config: str, split: str, offset: int) -> dict:
-    answer = rows_api(source, "rows", dataset="/".join(source.split("/")[:2]), config=config, split=split,
-                      offset=offset, length=PAGE)
-    rows, total = answer.get("rows"), answer.get("num_rows_total")
-    if not isinstance(total, int) or not rows and total > offset or total == 0:
-        raise OSError(f"The hub gives no rows of {source} {split} from row {offset} on: try again later.")
-    cut = [row.get("row_idx") for row in rows if row.get("truncated_cells")]
-    if cut:
-        raise ValueError(f"The hub cuts row {cut[0]} of {source} {split} short: download the data set's own files and "
-                         f"pass a .jsonl file.")
-    return {"offset": offset, "total": total, "rows": [row["row"] for row in rows]}
-
-
-# --- streams ----------------------------------------------------------------------------------------------------------
-
-
-class Remote(io.RawIOBase):
-    """A file of the hub, read from its beginning, a piece at a time: only what is read is downloaded, and a piece that
-    breaks off is asked for again."""
-
-    def __init__(self, source: str, url: str):
-        self.source, self.url, self.at, self.size = source, url, 0, None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        if self.at == self.size:
-            return 0
-        last = self.at + len(buffer) - 1
-        answer = get(self.source, self.url, {"Range": f"bytes={self.at}-{last}", "Accept-Encoding": "identity"})
-        piece, span = answer.content, re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
-        if not span or int(span[1]) != self.at or not 0 < len(piece) <= len(buffer):
-            raise OSError(f"{self.url} does not come in pieces: is a proxy in between?")
-        buffer[:len(piece)] = piece
-        self.at, self.size = self.at + len(piece), int(span[2])
-        return len(piece)
-
-
-def stream(source: str, name: str, n_files: int, limit: int, counts) -> list[dict]:
-    """Rows that count, file after file, until there are `limit` of them."""
-    from tqdm import tqdm
-    if not limit and n_files > 1:
-        raise ValueError(f"{source} is {n_files} large files: say how many posts you want, such as --max-posts 1000.")
-    dataset, config = source.rsplit("/", 1)
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    rows: list[dict] = []
-    with tqdm(desc=source, total=limit or None, unit=" posts", disable=None) as bar:
-        for i in range(n_files):
-            url = f"{endpoint}/datasets/{dataset}/resolve/main/{config}/{name.format(i)}"
+def open_splits(source: str) -> dict:
+    """-> {split: stream of rows}. The library asks a busy hub again for what comes later, but not for all of this."""
+    name, config = NAME.fullmatch(source).groups()
+    with calm(source) as datasets:
+        for wait in (1, 4, 16, None):  # seconds
             try:
-                with gzip.open(io.BufferedReader(Remote(source, url), PIECE), "rt", encoding="utf-8") as lines:
-                    for line in lines:
-                        row = json.loads(line)
-                        if not isinstance(row, dict):
-                            raise ValueError(f"a line of it is {line[:20]!r}")
-                        if counts(row):
-                            rows.append(row)
-                            bar.update()
-                        if limit and len(rows) == limit:
-                            return rows
-            except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as e:
-                raise OSError(f"{url} is not whole ({e}): try again later.") from e
-    return rows
+                return datasets.load_dataset(name, config, streaming=True)
+            except Exception as e:  # of many types, as versions go
+                status = getattr(getattr(e, "response", None), "status_code", 0)
+                busy = status in (408, 429) or status >= 500 or type(e).__module__.startswith("httpx")
+                if wait is None or not busy:
+                    raise
+                print(f"{source}: {says(e)}; trying again in {wait} s.", file=sys.stderr, flush=True)
+                time.sleep(wait)
 
 
-# --- the network ------------------------------------------------------------------------------------------------------
+def stream(source: str, splits: dict, split: str, limit: int, counts: Callable[[dict], bool]) -> list[dict]:
+    """The rows that count, up to `limit` of them. Each has an id: its own, or its number in the split."""
+    from tqdm import tqdm
+    files = splits[split].num_shards if split in splits else 0
+    if files > MANY_FILES and not limit:
+        raise ValueError(f"{source} {split} is {files} large files: say how many posts you want, --max-posts 1000.")
+    with calm(source):
+        wanted = ((number, row) for number, row in enumerate(splits[split], 1) if counts(row))
+        bar = tqdm(islice(wanted, limit or None), f"{source} {split}", limit or None, unit=" posts", disable=None)
+        return [row if row.get("id") is not None else {**row, "id": number} for number, row in bar]
 
 
-def get(source: str, url: str, headers: dict | None = None):
-    """The hub's answer to a GET. A busy hub (429, 5xx) and a dropped connection are asked again, as late as they say.
-
-    The session is huggingface_hub's: its token, proxies, certificates and HF_HUB_OFFLINE hold here too.
-    """
-    from huggingface_hub.errors import OfflineModeIsEnabled
-    from huggingface_hub.utils import build_hf_headers, get_session
-    dataset = "/".join(source.split("/")[:2])
-    for wait in (*WAITS, None):
-        try:
-            answer = get_session().get(url, headers=build_hf_headers() | (headers or {}), timeout=30)
-        except Exception as e:  # requests' or httpx's, whichever huggingface_hub has
-            says = (str(e).strip() or type(e).__name__).splitlines()[0]
-            if wait is None or wait > 4 or isinstance(e, OfflineModeIsEnabled):
-                raise OSError(f"There is no file or folder {source}, and the hub cannot be reached for a data set of "
-                              f"that name ({says}): check the connection, or pass a .jsonl file.") from e
-        else:
-            status = answer.status_code
-            if status < 400:
-                return answer
-            says = f"it answers {status}"
-            if status in (401, 403, 404):
-                raise OSError(f"There is no file or folder {source}, and the hub shows you no such data set "
-                              f"({status}): check the spelling; if it is gated or private, accept its terms at "
-                              f"https://huggingface.co/datasets/{dataset} and log in with 'hf auth login' or HF_TOKEN.")
-            asked = retry_after(answer.headers.get("Retry-After"))
-            if wait is None or asked > 600 or status not in (408, 429, 500, 502, 503, 504):
-                raise OSError(f"The hub does not give {source} ({says}: {' '.join(answer.text.split())[:120]}): try "
-                              f"again later; what was fetched is kept.")
-            wait = max(wait, asked)
-        print(f"{source}: {says}; trying again in {wait:.0f} s.", file=sys.stderr, flush=True)
-        time.sleep(wait)
-
-
-def retry_after(value: str | None) -> float:
-    """The seconds that a Retry-After header asks for, given as seconds or as a date; 0 where it says nothing.
-
-    >>> retry_after("7"), retry_after(None), retry_after("soon")
-    (7.0, 0.0, 0.0)
-    """
+@contextmanager
+def calm(source: str):
+    """`datasets`, without its bars and logs; what it raises in here becomes a sentence."""
     try:
-        return float(value or 0)
-    except ValueError:
-        pass
-    date = parsedate_tz(value)
-    return max(0.0, mktime_tz(date) - time.time()) if date else 0.0
+        import datasets
+    except ImportError as e:
+        raise ValueError(f"{source} is read with the package datasets, which cannot be imported ({says(e)}): "
+                         f"pip install datasets, or pass a .jsonl file.") from e
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    for name in ("datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    datasets.disable_progress_bars()
+    try:
+        yield datasets
+    except Exception as e:
+        raise explain(e, source) from e
+    finally:
+        if shown:  # a model may still be downloaded
+            enable_progress_bars()
+
+
+def explain(error: Exception, source: str) -> Exception:
+    """What was raised on the way to a file or a data set of the hub -> an error whose message is a sentence."""
+    from datasets import config, exceptions, get_dataset_config_names
+    from huggingface_hub.errors import RepositoryNotFoundError
+    if not (named := NAME.fullmatch(source)):
+        return ValueError(f"{source} cannot be read ({says(error)}): mend it, or write a .jsonl file.")
+    name, part = named.groups()
+    if isinstance(error, ValueError):
+        with suppress(Exception):  # we were only asking
+            parts = get_dataset_config_names(name)
+            if part not in parts and (part or len(parts) > 1):
+                return ValueError(f"{name} holds {len(parts)} data sets{part and f', none called {part}' or ''}: take "
+                                  f"one of {', '.join(f'{name}/{p}' for p in parts[:20])}.")
+    missing = f"There is no file or folder {source}, and the hub"
+    if isinstance(error, exceptions.DatasetNotFoundError | RepositoryNotFoundError):  # gated ones too
+        return OSError(f"{missing} shows you no such data set: check the spelling; if gated or private, accept its "
+                       f"terms at https://huggingface.co/datasets/{name} and log in with 'hf auth login' or HF_TOKEN.")
+    if isinstance(error, ConnectionError) or type(error).__module__.startswith("httpx"):
+        why = "HF_HUB_OFFLINE is set" if config.HF_HUB_OFFLINE else says(error)
+        return OSError(f"{missing} cannot be reached for a data set of that name ({why}): check the connection, or "
+                       f"pass a .jsonl file.")
+    advice = "try again later, or download its files and pass those"
+    if errno.errorcode.get(getattr(error, "errno", None)) in ("ENOSPC", "EDQUOT", "EFBIG"):
+        advice = "free some space, or set HF_HOME to a folder on a larger disk"
+    return OSError(f"The hub's {source} cannot be read ({says(error)}): {advice}.")
+
+
+def says(error: Exception) -> str:
+    """The first line of what an error says, without its full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")[:200]

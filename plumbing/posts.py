@@ -1,9 +1,11 @@
 """Posts: what there is to summarise, from the embedded set, from files and from the hub."""
 
+import glob
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,11 @@ TINY = Path(__file__).resolve().parents[1] / "tiny"  # the embedded model and it
 # The names under which the usual data sets keep the two texts, in the order in which they are looked for.
 DOCUMENT_FIELDS = ("document", "post", "prompt", "article", "text", "body", "content")
 REFERENCE_FIELDS = ("reference", "summary", "completion", "tldr", "highlights")
+
+
+# Files that `datasets` reads; its readers, and what to tell them: a "NA" or "null" in a CSV file is a text like others.
+ENDINGS = (".csv", ".parquet", ".json", ".csv.gz", ".json.gz", ".csv.zst", ".json.zst", ".jsonl.zst")
+READERS = {"csv": {"keep_default_na": False, "na_filter": False}, "parquet": {}, "json": {}}
 
 
 @dataclass(frozen=True)
@@ -27,11 +34,12 @@ class Post:
 
 def load_posts(source: str | Path, split: str = "train", document: str | None = None, reference: str | None = None,
                max_posts: int = 0, min_chars: int = 0) -> list[Post]:
-    """`tiny`, a folder with `SPLIT.jsonl[.gz]` in it, one `.jsonl[.gz]` file (whatever the split), or a data set of the
-    hub, `owner/name` or `owner/name/config`, which is fetched once -> posts.
+    """`tiny`, one file (whatever the split), a folder with a file `SPLIT.jsonl` or the like in it, or a data set of
+    the hub, `owner/name` or `owner/name/config`, which is fetched once -> posts.
 
-    One JSON object a line; `document` and `reference` name its fields where they are not among the usual ones. Only
-    posts whose document has at least `min_chars` characters, and of them the first `max_posts` (0: all).
+    Files are `.jsonl[.gz]`, one JSON object a line, or what `datasets` reads: `.csv`, `.parquet`, `.json`, `.json.gz`.
+    `document` and `reference` name the fields where they are not among the usual ones. Only posts whose document has at
+    least `min_chars` characters, and of them the first `max_posts` (0: all).
     Raises OSError or ValueError with file and line for whatever cannot be read: a post left out silently would shift
     every batch after it.
     """
@@ -41,30 +49,59 @@ def load_posts(source: str | Path, split: str = "train", document: str | None = 
             text = row.get(document or next((f for f in DOCUMENT_FIELDS if f in row), None))
             return not isinstance(text, str) or len(text.strip()) >= min_chars  # what is no text is named below
 
-        path = hub.fetch(str(source), split, max_posts, counts, f"-min-{min_chars}" if min_chars else "")
+        note = f"-min-{min_chars}" + f"-of-{document}" * bool(document) if min_chars else ""
+        path = hub.fetch(str(source), split, max_posts, counts, note)
     if path.is_dir():
-        found = [f for s in hub.spellings(split) for f in (path / f"{s}.jsonl", path / f"{s}.jsonl.gz") if f.exists()]
-        if not found:
-            raise FileNotFoundError(f"{path} has no {split}.jsonl or {split}.jsonl.gz: one JSON object a line, "
-                                    f"with the fields document and summary.")
-        path = found[0]
+        path = find_split(path, split)
     if not path.exists():
         raise FileNotFoundError(f"There is no {path}: --data takes 'tiny', a folder with train.jsonl and test.jsonl, "
-                                f"a .jsonl or .jsonl.gz file, or a data set of the hub, owner/name.")
+                                f"a .jsonl, .csv, .json or .parquet file, or a data set of the hub, owner/name.")
     posts = []
+    with closing(rows_of(path)) as rows:
+        for where, number, row in rows:
+            post = _post(row, f"{path} {where} {number}", number, document, reference, min_chars)
+            posts += [post] if post else []
+            if max_posts and len(posts) == max_posts:
+                break
+    if not posts:
+        raise ValueError(f"{path} holds no posts{f' of at least {min_chars} characters' if min_chars else ''}.")
+    return posts
+
+
+def find_split(folder: Path, split: str) -> Path:
+    """The file of a split: of its spellings the first that is there, and of its forms the .jsonl."""
+    found = [file for name in hub.spellings(split) for ending in (".jsonl", ".jsonl.gz", *ENDINGS)
+             if (file := folder / f"{name}{ending}").exists()]
+    if not found:
+        raise FileNotFoundError(f"{folder} has no {split}.jsonl or {split}.jsonl.gz (one JSON object a line, with the "
+                                f"fields document and summary) and no {split}.csv, {split}.json or {split}.parquet.")
+    return found[0]
+
+
+def rows_of(path: Path) -> Iterator[tuple[str, int, object]]:
+    """("line" or "row", its number from 1 on, what it holds) of a file. Blank lines are left out and counted."""
+    if path.name.endswith(ENDINGS):
+        ending = next(ending for ending in ENDINGS if path.name.endswith(ending))
+        reader = ending.split(".")[1].replace("jsonl", "json")
+        options = {"data_files": glob.escape(str(path.resolve())), "split": "train", **READERS[reader]}
+        with hub.calm(str(path)) as datasets:  # streamed: no cache holds a copy of it
+            rows = datasets.load_dataset(reader, streaming=True, **options)
+            columns = next(iter(rows), {}) if reader == "csv" else {}
+            if columns:  # all of them text: a guess would make 7.0 of the summary "7."
+                features = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
+                rows = datasets.load_dataset(reader, streaming=True, features=features, **options)
+            yield from (("row", number, row) for number, row in enumerate(rows, 1))
+        return
+    number = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    post = _post(line, f"{path} line {number}", number, document, reference, min_chars)
-                    posts += [post] if post else []
-                if max_posts and len(posts) == max_posts:
-                    break
+                    yield "line", number, json.loads(line)
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} breaks off or is not text after {len(posts)} posts ({e}): copy it again.") from e
-    if not posts:
-        raise ValueError(f"{path} holds no posts{f' of at least {min_chars} characters' if min_chars else ''}.")
-    return posts
+        raise ValueError(f"{path} breaks off or is not text after {number} lines ({e}): copy it again.") from e
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} line {number} is not valid JSON ({e}): mend or delete that line.") from e
 
 
 def on_hub(source: str | Path) -> bool:
@@ -94,12 +131,8 @@ def load_split(data: str, eval_data: str = "", max_posts: int = 0,
     return posts[:-(len(posts) // 10)], posts[-(len(posts) // 10):]
 
 
-def _post(line: str, where: str, number: int, document: str | None, reference: str | None, min_chars: int):
-    """A line of a file -> the Post, or None where its document is shorter than `min_chars`."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{where} is not valid JSON ({e}): mend or delete that line.") from e
+def _post(row: object, where: str, number: int, document: str | None, reference: str | None, min_chars: int):
+    """A row of a file -> the Post, or None where its document is shorter than `min_chars`."""
     if not isinstance(row, dict):
         raise ValueError(f"{where} is not a JSON object: write {{\"document\": ..., \"summary\": ...}}.")
     d = document or next((f for f in DOCUMENT_FIELDS if f in row), None)

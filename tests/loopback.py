@@ -1,17 +1,22 @@
-"""A hub on this machine: it answers like huggingface.co and its rows API, and fails where a test tells it to."""
+"""A hub on this machine: it answers like huggingface.co, and fails where a test tells it to.
+
+What it answers was read off what huggingface_hub and datasets ask: the state of a repository, its tree in pages, its
+files whole or in ranges (large ones from another place), a README.md with the data set's configs.
+"""
 
 import hashlib
 import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
-COMMIT = "5" * 40
+PAGE = 3  # entries of a tree; the real hub's pages have 1,000
 
 
 class Hub:
-    """`models[name]` and `datasets[name]` are {path: bytes}, `rows[dataset, config, split]` a list of rows.
+    """`models[name]` and `datasets[name]` are {path: bytes}; `gated` and `denied` hold names: nobody has logged in, and
+    somebody has, whom the owner has not let in.
 
     `fail(where, *faults)`: the next GETs whose path contains `where` fail, one fault each: (status, headers)
     instead of an answer, or a number: the connection drops after so many bytes of it. `log` holds what was asked:
@@ -19,8 +24,9 @@ class Hub:
     """
 
     def __init__(self):
-        self.models, self.datasets, self.rows, self.log, self.faults = {}, {}, {}, [], []
+        self.models, self.datasets, self.log, self.faults = {}, {}, [], []
         self.gated: set[str] = set()
+        self.denied: set[str] = set()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -40,48 +46,57 @@ class Hub:
 
     def answer(self, path, query):
         """-> (status, headers, body)."""
-        if path in ("/splits", "/rows"):
-            return self.rows_api(path, {key: values[0] for key, values in query.items()})
-        if m := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/(main|5{40})", path):
-            name, what, _ = m.groups()
-            if name not in self.models:
-                return refused(401, "RepoNotFound")
-            files = self.models[name]
-            if what == "revision":
-                return as_json({"_id": "1", "id": name, "modelId": name, "sha": COMMIT, "private": False, "tags": [],
-                                "downloads": 0, "siblings": [{"rfilename": file} for file in files]})
-            return as_json([{"type": "file", "path": file, "size": len(content), "oid": etag(content)}
-                            for file, content in files.items()])
-        if m := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/(main|5{40})/(.+)", path):
-            kind, name, _, file = m.groups()
-            repository = (self.datasets if kind else self.models).get(name)
-            if repository is None:
-                return refused(401, "RepoNotFound")
-            if name in self.gated:
-                return refused(401, "GatedRepo")
-            if file not in repository:
-                return refused(404, "EntryNotFound")
-            if kind:  # large files live elsewhere
-                return 302, {"Location": f"{self.url}/cdn/{name}/{file}", "X-Repo-Commit": COMMIT}, b""
-            content = repository[file]
-            return 200, {"ETag": f'"{etag(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}, content
         if m := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path):
-            return 200, {"Accept-Ranges": "bytes"}, self.datasets[m[1]][m[2]]
-        return 404, {}, b"no such page"
+            return 200, {"Accept-Ranges": "bytes"}, self.datasets[m[1]][unquote(m[2])]
+        m = (re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/?(revision|tree)?/?([^/]*)/?(.*)", path)
+             or re.fullmatch(r"/(datasets)?/?([^/]+/[^/]+)/(resolve)/([^/]+)/(.+)", path))
+        if not m:
+            return 404, {}, b"no such page"
+        kind, name, what, revision, file = m[1], m[2], m[3], m[4], unquote(m[5])
+        files = (self.datasets if kind == "datasets" else self.models).get(name)
+        if files is None:
+            return refused(401, "RepoNotFound")
+        if revision not in ("", "main", commit(files)):
+            return refused(404, "RevisionNotFound")
+        if what == "resolve":
+            if name in self.gated | self.denied and file != "README.md":  # what a data set is, everybody may read
+                return refused(401 if name in self.gated else 403, "GatedRepo")
+            if file not in files:
+                return refused(404, "EntryNotFound")
+            headers = {"ETag": f'"{etag(files[file])}"', "X-Repo-Commit": commit(files), "Accept-Ranges": "bytes"}
+            if kind and len(files[file]) > 1000 and not file.endswith(".md"):  # large files live elsewhere
+                return 302, {**headers, "Location": f"{self.url}/cdn/{name}/{file}",
+                             "X-Linked-Size": len(files[file]), "X-Linked-ETag": headers["ETag"]}, b""
+            return 200, headers, files[file]
+        if what == "tree":
+            return self.tree(path, files, file, query)
+        return as_json({"_id": "1", "id": name, "modelId": name, "sha": commit(files), "private": False, "tags": [],
+                        "downloads": 0, "gated": name in self.gated | self.denied,
+                        "siblings": [{"rfilename": file} for file in files]})
 
-    def rows_api(self, path, query):
-        found = [key for key in self.rows if key[0] == query["dataset"]]
-        if not found or query["dataset"] in self.gated:  # the real one does not tell these two apart either
-            return refused(401, "ExternalUnauthenticatedError")
-        if path == "/splits":
-            return as_json({"splits": [dict(zip(("dataset", "config", "split"), key)) for key in found]})
-        rows = self.rows.get((query["dataset"], query["config"], query["split"]))
-        if rows is None or int(query["length"]) > 100:
-            return refused(422, "UnprocessableEntityError")
-        at = int(query["offset"])
-        page = [{"row_idx": i, "row": row, "truncated_cells": []} for i, row in enumerate(rows)][at:at + 100]
-        return as_json({"features": [], "num_rows_total": len(rows), "num_rows_per_page": 100, "partial": False,
-                        "rows": page[:int(query["length"])]})
+    def tree(self, path, files, folder, query):
+        """A page of what lies in a folder, or of all that lies below it; a header says where the next page is."""
+        prefix = folder and folder + "/"
+        below = {f: c for f, c in files.items() if f.startswith(prefix)}
+        if not below and folder:
+            return refused(404, "EntryNotFound")
+        folders = {"/".join(f.split("/")[:i]) for f in below for i in range(1, f.count("/") + 1)} - {folder}
+        entries = [{"type": "directory", "path": f, "oid": etag(f.encode())} for f in folders if f.startswith(prefix)]
+        entries += [{"type": "file", "path": f, "size": len(c), "oid": etag(c)} for f, c in below.items()]
+        if query.get("recursive", ["false"])[0].lower() != "true":
+            entries = [entry for entry in entries if "/" not in entry["path"][len(prefix):]]
+        entries.sort(key=lambda entry: entry["path"])
+        at = int(query.get("cursor", ["0"])[0])
+        status, headers, body = as_json(entries[at:at + PAGE])
+        if at + PAGE < len(entries):
+            recursive = query.get("recursive", ["false"])[0]
+            headers["Link"] = f'<{self.url}{path}?recursive={recursive}&cursor={at + PAGE}>; rel="next"'
+        return status, headers, body
+
+
+def commit(files):
+    """Another content is another commit."""
+    return hashlib.sha1(repr([(file, etag(content)) for file, content in files.items()]).encode()).hexdigest()
 
 
 def etag(content):
