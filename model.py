@@ -16,7 +16,7 @@ hd head size, L width of LFM2's convolution.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,9 +32,6 @@ from plumbing.recompute import recomputed
 
 __all__ = ["Cache", "Context", "ModelConfig", "Transformer", "load", "pad", "read_config", "save", "to_logits",
            "token_logprobs"]
-
-
-# --- the pieces of a layer --------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -131,20 +128,25 @@ class Attention(nn.Module):
         self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()  # of each head's features
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.qk_norm = c.qk_norm  # Qwen3 and LFM2: over each head's features, before the rotation
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x [N, T, D] -> ([N, T, D], (k, v) of all the row's own tokens [N, K, S, hd])."""
         N, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(N, T, -1, self.head_dim))  # [N, T, H, hd]
-        k = self.k_norm(self.k_proj(x).view(N, T, -1, self.head_dim))  # [N, T, K, hd]
+        q = self.q_proj(x).view(N, T, -1, self.head_dim)  # [N, T, H, hd]
+        k = self.k_proj(x).view(N, T, -1, self.head_dim)  # [N, T, K, hd]
         v = self.v_proj(x).view(N, T, -1, self.head_dim).transpose(1, 2)  # [N, K, T, hd]
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q, context.rope).transpose(1, 2).contiguous()  # [N, H, T, hd]
         k = rotate(k, context.rope).transpose(1, 2)  # [N, K, T, hd]
         if context.past:
             k, v = (torch.cat([old, new], 2) for old, new in zip(context.past, (k, v)))  # [N, K, S, hd] each
-        read = attend(q, k, v, context.allowed, context.prompt, context.prompt_mask)  # [N, H, T, hd]
+        read = attend(q, k, v, allowed=context.allowed, prompt=context.prompt,
+                      prompt_mask=context.prompt_mask)  # [N, H, T, hd]
         return self.o_proj(read.transpose(1, 2).reshape(N, T, -1)), (k, v)
 
 
@@ -282,9 +284,9 @@ class Cache:
         (N, T), device, before = tokens.shape, tokens.device, self.columns
         self.columns = S = before + T
         if mask is not None or self.own_mask is not None:
-            ones = torch.ones(N, 1, dtype=torch.bool, device=device)  # [N, 1]
-            old = ones.expand(N, before) if self.own_mask is None else self.own_mask  # [N, S-T]
-            new = ones.expand(N, T) if mask is None else mask.bool()  # [N, T]
+            real = torch.ones(N, S, dtype=torch.bool, device=device)  # [N, S]
+            old = real[:, :before] if self.own_mask is None else self.own_mask  # [N, S-T]
+            new = real[:, before:] if mask is None else mask.bool()  # [N, T]
             self.own_mask = torch.cat([old, new], 1)  # [N, S]
         if T == 1 and self.own_mask is None:
             return None
@@ -329,13 +331,14 @@ class Transformer(nn.Module):
         remember, cache = cache is not None, Cache() if cache is None else cache
         x = self.embed_tokens(tokens)  # [N, T, D]
         rope = rope_table(cache.positions(tokens, mask), self.config.head_dim, self.config.rope_theta, x.dtype)
-        shared = Context(rope, cache.allowed(tokens, mask), mask, cache.shared_mask)
+        allowed = cache.allowed(tokens, mask)  # [N or 1, 1, T, S] or None
         recompute = self.checkpointing and torch.is_grad_enabled()
         memory = []
         for i, layer in enumerate(self.layers):
             prompt = cache.shared[i] if cache.shared else ()
             past = cache.own[i] if cache.own else ()
-            context = replace(shared, prompt=prompt, past=past)
+            context = Context(rope=rope, allowed=allowed, mask=mask, prompt_mask=cache.shared_mask,
+                              prompt=prompt, past=past)
             x, own = recomputed(layer, x, context) if recompute else layer(x, context)  # x [N, T, D]
             memory.append(own if remember else ())  # without a cache nobody will ask for a layer's keys: let them go
         cache.own = memory
@@ -351,14 +354,13 @@ class Transformer(nn.Module):
 
         A backward pass under `checkpointing` runs layers again, so it belongs inside as well.
         """
-        layers = [m for m in self.modules() if isinstance(m, Linear)]
-        before = [m.lora_on for m in layers]
+        before = {m: m.lora_on for m in self.modules() if isinstance(m, Linear)}
         try:
-            for m in layers:
+            for m in before:
                 m.lora_on = False
             yield
         finally:
-            for m, on in zip(layers, before):
+            for m, on in before.items():
                 m.lora_on = on
 
     def merged_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -395,7 +397,7 @@ def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor, temperat
         raise ValueError(f"token_logprobs needs a temperature above 0, not {temperature}: a greedy policy has no logp.")
     rows = hidden.reshape(-1, hidden.shape[-1])  # [M, D]
     words = words or max(1, 2 ** 22 // max(*rows.shape, 1))
-    logp, entropy = sliced_logprobs(rows, model.head, targets.reshape(-1), temperature, words)  # [M] each
+    logp, entropy = sliced_logprobs(rows, model.head, targets.reshape(-1), temperature=temperature, words=words)
     return logp.view(targets.shape), entropy.view(targets.shape)
 
 
