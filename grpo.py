@@ -29,15 +29,14 @@ not depend on o. So a baseline b does not change the expected gradient, only its
 >>> torch.autograd.grad((p * (r - 100) * z.log_softmax(0)).sum(), z)[0]
 tensor([ 0.2500, -0.2500])
 
-A good b is the reward that this prompt brings on average. PPO trains a second network, the critic, to guess it; GRPO
-takes the group's mean. That one holds r_i itself, so the expected gradient keeps its direction and (G - 1)/G of its
-length.
+A good b is the reward that this prompt brings on average. PPO trains a second network, the critic, to guess it. GRPO
+takes the group's mean. It holds r_i itself, which shortens the expected gradient to (G - 1)/G and does not turn it.
 More prompts or more completions? Take so many completions that most groups hold better and worse ones (the metric
-flat_groups is low). Then take more prompts. They average out both kinds of luck: which prompts came, and what was said
-to them. More completions average out the second kind only.
+flat_groups is low). Then take more prompts: they average out which prompts came as well as what was said to them.
 
-**3. Old samples.** With several updates on one batch the samples are pi_old's, and rho corrects for it:
-E_old[rho A] = E[A]. Where pi = pi_old, rho is 1 and grad rho is grad log pi: then this is step 1 again.
+**3. Old samples.** After the first update on a batch, its samples are those of an older policy. The weight rho makes
+their mean one of pi: sum_o pi_old (pi / pi_old) r = sum_o pi r. (The paper weighs each token by its own rho.) Where
+pi = pi_old, rho is 1 and grad rho is grad log pi: this is the gradient of step 1 again.
 
 **4. The clip, and why min.** Far from 1, rho is mostly noise. So a token's gradient stops once the policy has followed
 A far enough, but not where the policy went the wrong way. A plain clip would stop both; the min tells them apart:
@@ -71,9 +70,6 @@ bnpo      0.50 [-0.25, 0.25, 0.25, 0.25]
 dapo      0.50 [-0.25, 0.25, 0.25, 0.25]
 gspo      0.00 [-0.5, 0.17, 0.17, 0.17]
 cispo    -1.25 [-0.25, 0.25, 0.25, 0.25]
-
-Kept from the paper: the group as baseline, the ratio of tokens, the clip, the KL inside the loss. Changed by default:
-the KL is multiplied by the ratio, which makes its gradient exact (`--kl k3` is the paper's).
 
 Shapes: B prompts, G completions a prompt, T completion tokens (padded on the right), P prompt tokens, D hidden size;
 b of the B prompts and g of the G completions are in one micro-batch.
@@ -157,8 +153,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, 
 
     logp, old_logp, ref_logp [B, G, T]: log-probabilities, in nats, of the sampled tokens under the policy that is
     trained, under the policy before the first step on this batch (None: the same one, so the ratio is 1), and under the
-    ref_model (None: no KL). advantages [B, G]. mask [B, G, T] bool: True on every sampled token, the stop token
-    included.
+    ref_model (None: no KL). advantages [B, G]. mask [B, G, T] bool: True on sampled tokens, the stop token included.
 
     `kl` is one of `kl_estimates`. The default here is k3, so that a bare call is the paper's loss and trl's. The
     command line's default is k3_ratio, because its gradient is that of the KL which is logged.
@@ -173,7 +168,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, 
     if beta and ref_logp is None:
         raise ValueError(f"beta is {beta}, but there are no reference log-probabilities: pass ref_logp, or beta=0.")
     ratio_of, surrogate, reduction = KINDS[kind]
-    n_completions = n_completions or mask[..., 0].numel()
+    n_completions = n_completions or advantages.numel()
     n_tokens = max(1, n_tokens or int(mask.sum()))
     # Padding may hold anything, even NaN. It is put to 0 here, before any exp sees it.
     logp = torch.where(mask, logp, 0.0)  # [B, G, T]
@@ -219,9 +214,8 @@ def kl_estimates(x: Tensor, ratio: Tensor) -> dict[str, Tensor]:
 
     Which one, and why? As a *number* k1 and k3 are unbiased (Schulman 2020), k3 with less noise, and k2 is close while
     the policies are. As a *loss* they differ, because autograd sees the log-probabilities, but not that the tokens were
-    drawn from them. The gradient is that of KL(pi || ref) for k2 and, if the ratio is that of tokens, for k3_ratio
-    (DeepSeek-V3.2): its ratio carries the missing term. k3 has the gradient of KL(ref || pi), the other KL, and most
-    code uses it. k1 has none but noise.
+    drawn from them. k2 and k3_ratio have the gradient of KL(pi || ref): in k3_ratio (DeepSeek-V3.2) the ratio, if it is
+    one of tokens, carries the missing term. k3, the paper's, has that of KL(ref || pi), the other KL. k1's is noise.
     """
     k3 = x.expm1() - x  # [B, G, T], e^x - 1 - x; expm1, because e^x - 1 cancels for the small x of a healthy run
     return {"k1": -x, "k2": x ** 2 / 2, "k3": k3, "k3_ratio": ratio * k3}
@@ -313,10 +307,7 @@ def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, 
 
 def micro_batch_loss(model: Transformer, ref_model: Transformer | None, m: MicroBatch, config,
                      whole: dict) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one micro-batch, and its metrics. `whole` is what it has to know of the whole batch.
-
-    The first pass over a micro-batch also keeps what later updates compare with: old_logp and ref_logp.
-    """
+    """The loss and the metrics of one micro-batch. `whole` is what it has to know of the whole batch."""
     logp, entropy = group_logprobs(model, m.prompts, m.tokens, m.mask, config.temperature)  # [b, g, T] each
     old_logp = m.old_logp  # [b, g, T], or None in the first pass: the model is still the one that sampled
     if old_logp is None:
@@ -340,7 +331,7 @@ def step_down(model: Transformer, optimizer: torch.optim.Optimizer, largest_norm
     norm = torch.nn.utils.clip_grad_norm_(parameters, largest_norm).item()
     if not norm < EXPLODED:
         raise FloatingPointError(f"The gradient's norm is {norm}")
-    # Weights are float32: a step of 1e-6 added to a bfloat16 weight of 0.02, whose grid is 1e-4 wide, would be lost.
+    # Weights are float32, too: a step of 1e-6 is lost on a bfloat16 weight of 0.02, whose neighbours are 1e-4 away.
     optimizer.step()
     if not torch.stack([p.sum() for p in parameters]).isfinite().all():  # faster than each element's own isfinite
         raise FloatingPointError("A weight is not finite after the optimizer's step")

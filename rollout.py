@@ -6,8 +6,8 @@ tokens: they say what the policy believed when it acted, and `grpo.update` compa
 
 Why is the stop token trained? To stop is a choice like any other, and in a task of length it is the one that matters.
 So the mask, which is made here with the tokens, is True on it. Is a completion trained that was cut off at
-`max_new_tokens`? Yes, like all others: leaving it out would teach nothing about being too long. Is it punished? Only by
-its reward: `length` sees its full length; a reward that looks at the text alone does not mind.
+`max_new_tokens`? Yes, like all others: left out, it would teach nothing about being too long. Is it punished? Only by
+its reward: `length` counts its tokens, and a reward that reads the text reads what is there.
 
 Shapes: B prompts, G completions a prompt, N = B*G rows, P prompt tokens, T completion tokens, V vocabulary. n = b*g of
 the rows are still in the batch: g of each of b prompts.
@@ -85,13 +85,14 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
     alive = torch.ones(B, G, dtype=torch.bool, device=device)  # [b, g] rows that still write; others fill the rectangle
     with torch.inference_mode(), model.packed(N, max_new_tokens):  # speed: nothing kept for gradients, fast products
         for t in range(max_new_tokens):
+            # One token for each row of the batch. A row that has finished says something too, but nothing is written.
             token, token_logp = draw(logits, noise[rows.to(noise.device), t], temperature, top_k, top_p)  # [n], [n]
             live = alive.flatten()  # [n]
             tokens[rows, t] = token * live
             logp[rows, t] = token_logp.where(live, 0.0)
             mask[rows, t] = live  # made here, where tokens are made: a sampled 0 is a word, and padding is 0 too
             ends = live & torch.isin(token, stop)  # [n]
-            if stop_text:
+            if stop_text:  # several tokens may spell it, and not always the same ones: it is looked for in the text
                 spelt = torch.tensor(_spelt(tokenizer, stop_text, tokens[rows, :t + 1]), device=device)  # [n]
                 spelt = spelt.where(live & ~ends, 0)  # [n]
                 ending[rows] += spelt
@@ -105,8 +106,8 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
             alive, rows, token = drop_finished(cache, alive, left, rows, token)  # [b, g], [n], [n]
             logits = to_logits(model.hidden(token[:, None], cache)[:, 0], model.head)  # [n, V]
 
-    return split(prompts, G, tokenizer, tokens=tokens, mask=mask, logp=logp, stopped=stopped,
-                 ending=ending if stop_text else None)
+    ending = ending if stop_text else None  # [N]
+    return split(prompts, G, tokenizer, tokens=tokens, mask=mask, logp=logp, stopped=stopped, ending=ending)
 
 
 def read_prompts(model: Transformer, prompts: Sequence[Tensor], cache: Cache) -> Tensor:
@@ -193,15 +194,15 @@ def _check(prompts: Sequence[Tensor], model_config, G: int, max_new_tokens: int,
     if not (G >= 1 and max_new_tokens >= 1 and temperature >= 0 and 0 < top_p <= 1 and top_k >= 0):
         raise ValueError(f"sample needs G and max_new_tokens of at least 1, temperature at least 0, top_p in (0, 1], "
                          f"top_k at least 0; got {G}, {max_new_tokens}, {temperature}, {top_p}, {top_k}.")
-    longest = max((len(p) for p in prompts), default=0)
-    if min((len(p) for p in prompts), default=0) == 0:
+    lengths = [len(p) for p in prompts]
+    if min(lengths, default=0) == 0:
         raise ValueError("sample was given no prompt, or an empty one: every prompt needs at least one token.")
     strange = [i for p in prompts for i in p.tolist() if not 0 <= i < model_config.vocab_size]
     if strange:
         raise ValueError(f"A prompt holds token {strange[0]}, and the model knows 0 to {model_config.vocab_size - 1}: "
                          f"the tokenizer belongs to another model.")
-    if longest + max_new_tokens > model_config.max_position_embeddings:
-        raise ValueError(f"A prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the model's "
+    if max(lengths) + max_new_tokens > model_config.max_position_embeddings:
+        raise ValueError(f"A prompt of {max(lengths)} tokens and {max_new_tokens} new ones do not fit into the model's "
                          f"context of {model_config.max_position_embeddings}: shorten the post or the completion.")
 
 
