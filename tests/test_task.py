@@ -7,9 +7,11 @@ import copy
 import doctest
 import gzip
 import json
+import math
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -19,9 +21,26 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import task
+from config import Config, parse_stages
 from model import read_config
 from plumbing.folder import read_json
-from task import Post, choose_template, load_posts, render, tokenize
+from task import (
+    TEMPLATES,
+    Post,
+    Task,
+    budgets_of,
+    choose_template,
+    completion_limit,
+    has_budget,
+    has_tag,
+    load_posts,
+    opens_tag,
+    read_answer,
+    render,
+    score,
+    tokenize,
+    within,
+)
 from tests.helpers import byte_bpe, few, real, refusal, tiny_model
 
 
@@ -292,3 +311,70 @@ def test_published_models_end_and_are_asked_as_they_were_trained(name, ends, cho
     added = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["added_tokens_decoder"]
     tokenizer = SimpleNamespace(token_to_id={token["content"]: int(i) for i, token in added.items()}.get)
     assert choose_template(model, tokenizer) == chosen
+
+
+# --- the task ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("marks", [("<|start_header_id|>", "<|eot_id|>"), ("<s>", "[INST]"), ("<|a|>", "<|a|>b")])
+def test_a_template_may_hold_any_control_token_that_the_tokenizer_knows(marks, monkeypatch):
+    """Also one that another one begins with. In the post the same letters are text."""
+    tokenizer = byte_bpe()
+    tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+    monkeypatch.setitem(TEMPLATES, "mine", f"{marks[0]}user {{document}}{marks[1]}in {{target}}")
+    post = Post(f"I wrote {marks[1]} and {marks[0]}.", "", "1")
+    ids = tokenize(tokenizer, post, "mine", 8)
+    known = [tokenizer.token_to_id(mark) for mark in marks]
+    assert [i for i in ids if i in known] == known
+    assert tokenizer.decode(ids, skip_special_tokens=False) == render(post, "mine", 8)
+
+
+def test_a_control_token_that_the_tokenizer_does_not_know_is_refused(monkeypatch):
+    monkeypatch.setitem(TEMPLATES, "llama", "<|start_header_id|>user {document}<|eot_id|>")
+    message = refusal(ValueError, tokenize, byte_bpe(), Post("A cat.", "", "1"), "llama", 8)
+    assert "<|start_header_id|>" in message and "'llama'" in message and "--template plain" in message
+
+
+def test_groups_of_any_sampler_are_scored():
+    """Texts, and numbers of tokens with a `tolist`: whatever arrays they are, plain floats come out."""
+    config = Config(template="plain", target=4, stages=("length + 2*rouge_l:1",))
+    stage, = parse_stages(config.stages)
+    group = SimpleNamespace(texts=["a cat sat", "", " \n", "a dog ran off"], lengths=np.array([3, 0, 2, 4]))
+    asked = Task(Post("Once a cat sat here.", "a cat sat", "1"), [1, 2], 4)
+    line = score([group], [asked], stage.reward, config, None)
+    assert group.rewards == pytest.approx([-0.25 + 2, -1.0, -1.0, 2 * 2 / 7])
+    assert {type(value) for value in group.rewards} == {float}
+    assert group.parts["length"] == [-0.25, -1.0, -1.0, 0.0] and group.parts["rouge_l"][0] == 1.0
+    assert line["reward"] == pytest.approx(sum(group.rewards) / 4) and line["reward/length"] == -2.25 / 4
+    assert (line["length"], line["within_2"], line["within_10pct"]) == (7 / 4, 0.5, 0.25)
+    assert line["reward_std"] == pytest.approx(np.std(group.rewards, ddof=1))
+
+
+def test_each_task_has_a_target_of_its_own():
+    assert within([10, 20], [10, 10]) == {"within_2": 0.5, "within_10pct": 0.5}
+    assert within([10, 20], [10, 20]) == {"within_2": 1.0, "within_10pct": 1.0}
+
+
+@pytest.mark.parametrize("template, budget, tag, opened", [
+    ("plain", False, False, False), ("chatml", False, False, False), ("tagged", True, True, True),
+    ("notes", True, True, False), ("tagged_chatml", True, True, False)])
+def test_the_words_of_a_template_say_what_kind_of_task_it_is(template, budget, tag, opened):
+    assert (has_budget(template), has_tag(template), opens_tag(template)) == (budget, tag, opened)
+    assert budgets_of(Config(template=template, budgets="0.1,30")) == ([0.1, 30] if budget else [None])
+    answer = read_answer("Hm. <summary>A cat.</summary> So.", template)
+    assert answer == (("Hm. <summary>A cat." if opened else "A cat.") if tag else "Hm. <summary>A cat.</summary> So.")
+
+
+def test_rewards_that_a_model_measures_choose_a_budget_where_no_template_is_named():
+    model, tokenizer = tiny_model("qwen2"), byte_bpe()
+    assert choose_template(model, tokenizer, {"squish", "length"}) == "tagged"
+    assert choose_template(model, tokenizer, {"length"}) == "chatml"
+
+
+def test_a_completion_that_keeps_to_its_size_is_never_cut():
+    tokenizer, posts = byte_bpe(), [Post("word " * n, "", str(n)) for n in (10, 200)]
+    assert completion_limit(tokenizer, posts, Config(template="plain", target=30)) == 60
+    assert completion_limit(tokenizer, posts, Config(template="plain", target=30, max_new_tokens=45)) == 45
+    whole = len(tokenizer.encode(posts[1].document).ids)  # half as much again as the largest budget, and the tag
+    tagged = Config(template="tagged", budgets="0.1,0.5")
+    assert completion_limit(tokenizer, posts, tagged) == math.ceil(1.5 * 0.5 * whole) + 16
