@@ -15,8 +15,8 @@ def recomputed(layer: Callable, x: Tensor, context) -> tuple[Tensor, tuple[Tenso
     n, rest = len(context.prompt), replace(context, prompt=(), past=())
 
     def run(x: Tensor, *remembered: Tensor) -> tuple[Tensor, ...]:
-        # `rest` and not `context`: torch keeps this function until the backward pass. If it held what layers remember,
-        # which leads back to this function, the circle would wait for Python's collector with all that memory.
+        # `rest` and not `context`: torch keeps this function as long as the graph. What layers remember is passed as
+        # arguments instead, which torch lets go in the backward pass.
         x, own = layer(x, replace(rest, prompt=remembered[:n], past=remembered[n:]))
         return x, *own
 

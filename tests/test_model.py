@@ -456,6 +456,19 @@ def test_nothing_of_a_group_s_pass_outlives_its_gradient(family, checkpointing):
     assert alive[1] == alive[2], alive
 
 
+def test_a_layer_that_is_run_again_lets_go_of_the_prompt_s_keys_in_backward():
+    """The loss is still looked at then, and with it the graph lives."""
+    model = tiny_model("qwen2")
+    model.checkpointing, cache = True, Cache()
+    first = model.hidden(tokens(2, 8), cache)[:, -1]  # [2, D]
+    keys = [weakref.ref(k) for k, _ in cache.own]
+    loss = model.hidden(tokens(4, 5, seed=1), cache.share(2)).sum() + first.sum()
+    del cache, first
+    assert all(k() is not None for k in keys)
+    loss.backward()
+    assert all(k() is None for k in keys) and loss.grad_fn is not None
+
+
 # ------------------------------------------------------------------------------------------- the plain lines
 
 
