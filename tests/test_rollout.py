@@ -269,6 +269,40 @@ def test_no_text_without_a_tokenizer_and_no_stop_without_stop_words():
     assert group.mask.shape == (3, 1) and group.stopped.all() and group.lengths.tolist() == [0, 0, 0]
 
 
+def test_a_stop_text_is_counted_once_and_a_stop_token_is_none_of_it(monkeypatch):
+    """Rows that finished stay in the batch for a while, to fill it: what they would spell there is not counted.
+
+    The oracle reads every row again from the left. Where a token ends the completion by itself, it is no text, even if
+    it would have completed the stop text.
+    """
+    tokenizer = byte_bpe()
+    tokenizer.add_tokens(["bc"])
+    words = torch.tensor([tokenizer.token_to_id(word) for word in ("a", "bc", "c")])  # [3]
+    a, bc, _ = words.tolist()
+    # Whatever the model thinks, it says one of these three.
+    monkeypatch.setattr(rollout, "draw", lambda logits, noise, *_: (words[(noise * 3).long()], noise.float()))
+    model = tiny_model(vocab_size=tokenizer.get_vocab_size())
+    more = {"seed": 3, "tokenizer": tokenizer, "stop_text": "abc"}
+    spelt = 0
+    for group in sample(model, [[5, 9], [7], [a, bc, 67, 68]], 24, 12, stop_ids=[], **more):
+        for i, row in enumerate(spoken(group)):
+            texts = [tokenizer.decode(row[:t], skip_special_tokens=False) for t in range(1, len(row) + 1)]
+            assert ["abc" in text for text in texts] == [False] * (len(row) - 1) + [bool(group.stopped[i])]
+            n = next((n for n in range(1, 13) if "abc" in tokenizer.decode(row[-n:], skip_special_tokens=False)), 0)
+            assert group.ending[i] == n and group.lengths[i] == len(row) - n
+            assert group.texts[i] == tokenizer.decode(row, skip_special_tokens=True)
+            spelt += n > 0
+    assert 10 < spelt < 72
+    ended = 0
+    for group in sample(model, [[5, 9], [a]], 24, 12, stop_ids=[bc], **more):
+        for i, row in enumerate(spoken(group)):
+            assert not group.ending[i] and bool(group.stopped[i]) == (row[-1] == bc)
+            content = row[:-1] if group.stopped[i] else row
+            assert group.texts[i] == tokenizer.decode(content, skip_special_tokens=True)
+            ended += row[-2:] == [a, bc]
+    assert ended > 3
+
+
 def test_a_group_waits_for_its_rewards():
     """Scores are filled in later, by whoever scores; parts of one group are never another's."""
     first, second = sample(policy(), prompts_of([4, 5]), 3, 6)
