@@ -4,14 +4,14 @@ A stage is a reward and a number of steps, "length:80"; stages follow each other
 and by the parsers here, before anything is loaded.
 
 To a new model one brings five numbers: --lr (2e-6 at 0.5B, where the embedded model of a million parameters takes
-6e-4), --target, --prompts and --group (together as many completions as memory and patience allow), and --beta. The
-others may stay as they are. docs/real-models.md says what each costs in memory.
+6e-4), --target, --prompts and --group (as many completions as patience allows; --micro-tokens bounds the memory of
+learning from them), and --beta. The others may stay as they are. docs/real-models.md says what each costs in memory.
 """
 
 import math
 from dataclasses import dataclass, field
 
-from grpo import ADVANTAGES, KLS, LOSSES
+from grpo import ADVANTAGES, KINDS, KLS
 from rewards import Reward, parse
 from squish import UNITS
 
@@ -85,19 +85,21 @@ class Config:
                                 "where it was measured")
     device: str = flag("", "cpu, cuda or mps; empty: cuda where there is one, else cpu")
     # --- the update: grpo.py explains each, README.md says which paper takes which ---
-    loss: str = of_update("grpo", "policy loss: what is clipped, and what a token weighs", choices=LOSSES)
+    loss: str = of_update("grpo", "policy loss: what is clipped, and what a token weighs", choices=tuple(KINDS))
     advantage: str = of_update("group", "r - mean, divided by the group's std, by nothing, or by the batch's std",
                                choices=ADVANTAGES)
     clip_low: float = of_update(0.2, "the ratio may fall to 1 - this before its gradient stops")
     clip_high: float = of_update(0.2, "the ratio may rise to 1 + this before its gradient stops (DAPO: 0.28)")
     beta: float = of_update(0.05, "weight of the KL to the reference model; 0 needs no reference model")
     # `policy_loss` by itself takes k3, the paper's. A run takes k3_ratio, whose gradient is that of the KL.
-    kl: str = of_update("k3_ratio", "KL estimator in the loss; k2 and k3_ratio have the right gradient", choices=KLS)
+    kl: str = of_update("k3_ratio", "KL estimator in the loss; k3_ratio has the right gradient (with gspo: k2)",
+                        choices=KLS)
     updates: int = of_update(1, "optimizer steps on each batch of completions (mu in the paper)")
     temperature: float = of_update(1.0, "of the sampler, and therefore of the loss")
     grad_clip: float = of_update(1.0, "largest norm of the whole gradient")
     micro_tokens: int = of_update(16384, "most tokens of one forward and backward: lower it when memory runs out")
-    max_new_tokens: int = of_update(0, "where a completion is cut; 0: twice the target")
+    max_new_tokens: int = of_update(0, "where a completion is cut; 0: twice the target, or 1.5 times the largest "
+                                     "budget")
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ test posts. Greedy means the likeliest token at each step. There is no chance in
 few posts; but it is not what GRPO trains, which is the mean over what the policy samples. Greedy summaries are usually
 the better ones.
 
-What to look at first: the run's own reward and its parts, which say what training bought; then the metrics that it
-was not paid by, which say at what price. Read the summaries too (--show 5): a number says how much changed, and never
-what.
+Look first at the run's own reward and its parts: what training bought. Then at the metrics that it was not paid by: the
+price. Then read summaries (--show 5): numbers do not say what changed.
 """
 
 import argparse
@@ -78,7 +77,8 @@ def evaluate(model, tokenizer, posts: Sequence[Post], config, scorers: Sequence 
     config = replace(config, template=config.template or choose_template(model, tokenizer, reward_names(stages)))
     results, rows = {}, []
     for budget in budgets_of(config):
-        # A group of one for each post. The reward is the run's own; only what compares a group's members is not asked.
+        # A group of one for each post. What compares the members of a group (`distinct`, the worst total, the penalty)
+        # has nobody to compare with: such parts of a reward mean something else here than in training.
         tasks = [make_task(tokenizer, post, config, budget) for post in posts]
         groups = complete(model, tokenizer, [task.prompt for task in tasks],
                           completion_limit(tokenizer, posts, config),
@@ -162,7 +162,7 @@ def config_of(run: dict, args: argparse.Namespace) -> Config:
 
 
 def posts_of(config: Config, args: argparse.Namespace) -> list[Post]:
-    """Test posts: those that are asked for, or the run's own. Never a post that the run has learnt from."""
+    """The posts that are asked for, as they are; else the run's own test posts, or what it held out of its file."""
     data = args.data or config.eval_data or config.data
     if args.data or config.eval_data or has_splits(data):
         return load_posts(data, args.split, max_posts=args.n or config.max_posts, min_chars=config.min_chars)

@@ -31,15 +31,17 @@ tensor([ 0.2500, -0.2500])
 
 A good b is the reward that this prompt brings on average. PPO trains a second network, the critic, to guess it. GRPO
 takes the group's mean. It holds r_i itself, which shortens the expected gradient to (G - 1)/G and does not turn it.
-More prompts or more completions? Take so many completions that most groups hold better and worse ones (the metric
-flat_groups is low). Then take more prompts: they average out which prompts came as well as what was said to them.
+(Dividing by the std, which depends on o too, turns it a little.) More prompts or more completions? Take so many
+completions that most groups hold better and worse ones (the metric flat_groups is low). Then take more prompts: each
+one more averages out two kinds of noise, which prompts were drawn and what was answered.
 
 **3. Old samples.** After the first update on a batch, its samples are those of an older policy. The weight rho makes
 their mean one of pi: sum_o pi_old (pi / pi_old) r = sum_o pi r. (The paper weighs each token by its own rho.) Where
 pi = pi_old, rho is 1 and grad rho is grad log pi: this is the gradient of step 1 again.
 
-**4. The clip, and why min.** Far from 1, rho is mostly noise. So a token's gradient stops once the policy has followed
-A far enough, but not where the policy went the wrong way. A plain clip would stop both; the min tells them apart:
+**4. The clip, and why min.** Where rho is far from 1, the old samples say little about the new policy. So a token's
+gradient stops once the policy has followed A far enough, but not where the policy went the wrong way. A plain clip
+would stop both; the min tells them apart:
 
     rho   A   min(rho A, clip(rho) A)   gradient by logp
     1.5  +1          1.2                   0    good and already much likelier: enough
@@ -51,13 +53,14 @@ Does the clip act by default? No: with one update a batch (`--updates 1`) rho is
 
 **5. The KL** holds the policy near `ref_model`, so that it does not unlearn its language for the sake of the reward.
 The ref_model is a frozen copy of the policy from the start of the run and does not move. (`--stage-ref previous`: from
-the end of the stage before.) Under LoRA it is the policy itself without its adapters, and takes no memory.
+the start of this stage.) Under LoRA the first kind takes no memory: it is the policy without its adapters.
 
 **6. Why is the loss about 0 at step 1, and the gradient not?** Where rho is 1, completion i adds -A_i to the loss, and
 the advantages of a group sum to 0. The gradients -A_i grad log pi(o_i) do not, since each o_i is another text. This
 holds for grpo and gspo, in which every completion weighs the same. With one update it holds at every step, and what you
 read is beta KL. In bnpo, dapo and dr_grpo a long completion weighs more, and cispo's terms are -A_i logp: those losses
-may read anything. No loss here measures progress; the reward does. Two completions, of 1 and of 3 tokens:
+show some other number. None of them measures progress: watch the reward, and read the summaries. Two completions, of 1
+and of 3 tokens:
 
 >>> logp = torch.tensor([[[-1.0, 0.0, 0.0], [-1.0, -2.0, -3.0]]], requires_grad=True)  # [B=1, G=2, T=3]
 >>> mask = torch.tensor([[[True, False, False], [True, True, True]]])
@@ -86,12 +89,13 @@ from plumbing.micro_batches import MicroBatch, micro_batches
 
 ADVANTAGES = ("group", "mean", "batch")
 KLS = ("k1", "k2", "k3", "k3_ratio")
-# All that the losses differ in. Ratio: each token has its own, or the sequence has one. Surrogate: "clip" stops the
-# gradient outside the band; "weight" clips the factor in front of it, so that no token loses its gradient. Reduction:
-# the sum over tokens is divided so that each completion weighs the same, or each token, or by a constant.
+# All that the losses differ in. Ratio: each token has its own, or the sequence has one. Surrogate: "clip" stops a
+# token's gradient once the ratio has left the band in the direction of A; "weight" clips the factor in front of it, so
+# that no token loses its gradient. Reduction: the sum over tokens is divided so that each completion weighs the same,
+# or each token, or by a constant.
 # Which one should I take? Start with grpo. In it, a token of a long completion weighs less; dr_grpo and dapo undo that.
 # (bnpo is the same number as dapo here. In trl it divides by the tokens of a micro-batch.) gspo and cispo matter from
-# --updates 2 on: where the ratio is 1, the policy's gradient depends on the reduction alone.
+# --updates 2 on: where the ratio is 1, the gradient that comes from the advantages depends on the reduction alone.
 # --- your experiment starts here: a loss is a line of this table, and what is new in it a branch of policy_loss ---
 KINDS = {
     #           ratio       surrogate  reduction
@@ -102,7 +106,6 @@ KINDS = {
     "gspo":    ("sequence", "clip",    "completions"),  # Zheng et al. 2025
     "cispo":   ("token",    "weight",  "tokens"),       # MiniMax-M1, 2025; trl's epsilon_high is our 1 + clip_high
 }
-LOSSES = tuple(KINDS)
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
@@ -212,10 +215,11 @@ def policy_loss(logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, 
 def kl_estimates(x: Tensor, ratio: Tensor) -> dict[str, Tensor]:
     """x = ref_logp - logp and the ratio, [B, G, T] -> estimates of KL(pi || ref) from the sampled tokens, [B, G, T].
 
-    Which one, and why? As a *number* k1 and k3 are unbiased (Schulman 2020), k3 with less noise, and k2 is close while
-    the policies are. As a *loss* they differ, because autograd sees the log-probabilities, but not that the tokens were
-    drawn from them. k2 and k3_ratio have the gradient of KL(pi || ref): in k3_ratio (DeepSeek-V3.2) the ratio, if it is
-    one of tokens, carries the missing term. k3, the paper's, has that of KL(ref || pi), the other KL. k1's is noise.
+    Which one, and why? As a *number* k1 and k3 are unbiased (Schulman 2020), and k3 has less noise. As a *loss* they
+    differ: autograd does not know that the tokens were drawn from pi. On average, each token's prefix taken as given,
+    k1 has no gradient, and k3, the paper's, has that of KL(ref || pi), the other KL. k2 has that of KL(pi || ref) while
+    pi = pi_old. k3_ratio has it always: the ratio carries the missing term (DeepSeek-V3.2). It must be that of tokens,
+    so with gspo take k2.
     """
     k3 = x.expm1() - x  # [B, G, T], e^x - 1 - x; expm1, because e^x - 1 cancels for the small x of a healthy run
     return {"k1": -x, "k2": x ** 2 / 2, "k3": k3, "k3_ratio": ratio * k3}
@@ -235,7 +239,7 @@ def group_logprobs(model: Transformer, prompts: Sequence[Tensor], tokens: Tensor
     values, and a sum of gradients is the gradient of the sum. It costs P + g T tokens instead of g (P + T).
 
     Why the temperature? The policy that acted is softmax(logits / temperature), so that one is trained. Why float32?
-    In bfloat16 a log-probability near -5 comes in steps of 0.03, so a ratio would be wrong by up to 1.6%.
+    In bfloat16 log-probabilities near -5 lie 0.03 apart, so the ratio of two of them may be wrong by 3%.
     """
     b, g, T = tokens.shape
     padded, prompt_mask = pad(prompts)  # [b, P], [b, P]
@@ -253,7 +257,7 @@ def group_logprobs(model: Transformer, prompts: Sequence[Tensor], tokens: Tensor
     return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
 
 
-EXPLODED = 1e6  # normal losses are below 1 and normal gradients below 100: what is larger by so much leads nowhere
+EXPLODED = 1e6  # normal losses are below 1 and normal gradients below 100: a run beyond this has diverged
 
 
 def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, optimizer: torch.optim.Optimizer,
@@ -265,7 +269,8 @@ def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, 
 
     The metrics: loss, kl (k3, nats a token), entropy (nats a token), clip_frac, ratio, grad_norm, flat_groups (share
     of groups whose rewards are all equal), logp_gap (largest difference between the sampler's log-probabilities and
-    ours, before the first step). With several updates, the others are those of the last one.
+    ours, before the first step). With several updates, loss, kl, entropy, clip_frac, ratio and grad_norm are those of
+    the last one.
 
     Raises FloatingPointError when the loss or the gradient is NaN or above EXPLODED (the weights are then as they were
     before this optimizer step), or when a weight is not finite after it.

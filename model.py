@@ -2,7 +2,7 @@
 
     x = E[tokens]                                      embedding                     [N, T, D]
     x = x + operator(norm(x));  x = x + mlp(norm(x))   once a layer                  [N, T, D]
-    logits = norm(x) E^T                               or a matrix of its own for E  [N, T, V]
+    logits = norm(x) E^T                               or a separate head for E  [N, T, V]
 
 One class serves four families. `qwen2`, `qwen3` and `llama` differ by three switches (a bias on q, k and v; a norm on
 q and k; an explicit head size) that the folder's `config.json` sets. `lfm2` has a short convolution in place of
@@ -299,7 +299,7 @@ class Cache:
 
 
 class Transformer(nn.Module):
-    """Token ids in, logits out; `hidden` gives the states before the head, which is where the large tensor begins."""
+    """Token ids in, logits out; `hidden` stops before the logits, which would be the largest tensor by far."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -1,7 +1,7 @@
 """Rewards: text in, numbers out.
 
-Everything the policy is ever told about its summaries is decided in this file, by hand and by the standard library
-alone. Three things live here:
+What a summary is paid is decided here. Two things come from elsewhere: the numbers of squish.py, and `task.penalise`
+(`--missing penalty`). Three things live in this file:
 
 1. `length_penalty`, the one measure that is made for training; the others are metrics (`metrics.py`);
 2. `REWARDS` and `GROUP_REWARDS`, the tables that give each measure a name (a forker's first stop);
@@ -44,10 +44,10 @@ def length_penalty(n_tokens: int, target: int) -> float:
 class Summary(NamedTuple):
     """All that a reward may look at: one completion, and the post that it summarises."""
 
-    text: str  # the completion, decoded
-    n_tokens: int  # sampled tokens, the stop token not counted
+    text: str  # the summary: the whole completion, or what stands between its tags
+    n_tokens: int  # sampled tokens of the whole completion, the stop token not counted
     reference: str  # the summary that the post's own author wrote
-    target: int  # wanted number of tokens
+    target: int  # wanted size: tokens, or the budget in its unit
     document: str  # the post itself
     measured: dict[str, float] = {}  # what a language model found out about it: squish.py's numbers, by name
 
@@ -66,7 +66,7 @@ REWARDS: dict[str, Callable[[Summary], float]] = {
     "rouge_l": lambda s: rouge_l(s.text, s.reference),
     "bleu": lambda s: bleu(s.text, s.reference),
     "meteor": lambda s: meteor(s.text, s.reference),
-    "char_length": lambda s: length_penalty(len(s.text), s.target),  # characters for tokens: a bug to be looked at
+    "char_length": lambda s: length_penalty(len(s.text), s.target),  # right for budgets in characters
     "copy_rate": lambda s: copy_rate(s.text, s.document),  # shares of what is bad: give them a negative weight
     "repetition": lambda s: repetition(s.text),
     "format": lambda s: well_formed(s.text),
@@ -127,9 +127,9 @@ class Reward:
                  for i, (text, n, empty) in enumerate(zip(texts, lengths, blank))]
         parts = {name: values_of(name, group) for name in self.names}
         totals = [sum(w * parts[name][i] for name, w in self.terms) for i in range(len(group))]
-        # And nobody may score below silence: a rambling 3x the target has length -2, silence only -1, so GRPO would
-        # teach a rambler to fall silent. Silence shares the group's worst total instead. Dropping the blank ones is no
-        # way out: it shifts the mean that the others are compared with, and the policy never hears that silence is bad.
+        # And nobody may score below silence. A completion of 3x the target has length -2, an empty one -1: paid like
+        # this, GRPO would teach a rambler to say nothing. So an empty one gets its group's worst total. Dropping it is
+        # no way out: that shifts the others' mean, and the policy never hears that silence is bad.
         worst = min(totals, default=0.0)
         return [worst if empty else total for total, empty in zip(totals, blank, strict=True)], parts
 

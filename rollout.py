@@ -1,13 +1,14 @@
 """Prompts in, groups of completions out: the half of reinforcement learning in which the policy acts.
 
 A group is one prompt with G sampled answers. The prompt goes through the model once, and its keys and values serve all
-G rows. Rows that have said their stop token leave the batch. The sampler's own log-probabilities are kept with the
-tokens: they say what the policy believed when it acted, and `grpo.update` compares its own with them (`logp_gap`).
+G rows. Rows that have said their stop token leave the batch, or fill it up (`drop_finished`). The sampler's own
+log-probabilities are kept with the tokens: they say what the policy believed when it acted, and `grpo.update` compares
+its own with them (`logp_gap`).
 
 Why is the stop token trained? To stop is a choice like any other, and in a task of length it is the one that matters.
 So the mask, which is made here with the tokens, is True on it. Is a completion trained that was cut off at
-`max_new_tokens`? Yes, like all others: left out, it would teach nothing about being too long. Is it punished? Only by
-its reward: `length` counts its tokens, and a reward that reads the text reads what is there.
+`max_new_tokens`? Yes, like all others: else the policy would never learn that it was too long. Is it punished? Only by
+its reward: `length` counts its tokens, and a tagged answer that was cut has no summary.
 
 Shapes: B prompts, G completions a prompt, N = B*G rows, P prompt tokens, T completion tokens, V vocabulary. n = b*g of
 the rows are still in the batch: g of each of b prompts.
@@ -82,7 +83,7 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
     stopped = torch.zeros(N, dtype=torch.bool, device=device)  # [N]
     ending = torch.zeros(N, dtype=torch.long, device=device)  # [N] tokens that spell the stop text
     rows = torch.arange(N, device=device)  # [n] which of the N rows each row of the batch is
-    alive = torch.ones(B, G, dtype=torch.bool, device=device)  # [b, g] rows that still write; others fill the rectangle
+    alive = torch.ones(B, G, dtype=torch.bool, device=device)  # [b, g] True: still writing; False: finished, a filler
     with torch.inference_mode(), model.packed(N, max_new_tokens):  # speed: nothing kept for gradients, fast products
         for t in range(max_new_tokens):
             # One token for each row of the batch. A row that has finished says something too, but nothing is written.
@@ -90,7 +91,7 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
             live = alive.flatten()  # [n]
             tokens[rows, t] = token * live
             logp[rows, t] = token_logp.where(live, 0.0)
-            mask[rows, t] = live  # made here, where tokens are made: a sampled 0 is a word, and padding is 0 too
+            mask[rows, t] = live  # made with the tokens: token 0 may be sampled, and padding is 0 too
             ends = live & torch.isin(token, stop)  # [n]
             if stop_text:  # several tokens may spell it, and not always the same ones: it is looked for in the text
                 spelt = torch.tensor(_spelt(tokenizer, stop_text, tokens[rows, :t + 1]), device=device)  # [n]
@@ -155,7 +156,7 @@ def draw(logits: Tensor, noise: Tensor, temperature: float, top_k: int, top_p: f
     """logits [N, V], one uniform number in [0, 1) a row -> (token [N], its log-probability [N], float32).
 
     The token is the first one whose cumulative probability exceeds the number. So a token of probability p owns an
-    interval of length p. torch.multinomial is ten times slower and needs a number for each word of the vocabulary.
+    interval of length p. torch.multinomial is slower and needs a random number for each word of the vocabulary.
 
     >>> thirds = torch.tensor([[0.0, 0.0, 0.0]]).expand(2, 3)  # three words that are equally likely
     >>> draw(thirds, torch.tensor([0.1, 0.9]), temperature=1.0, top_k=0, top_p=1.0)

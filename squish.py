@@ -34,7 +34,7 @@ UNITS = ("chars", "tokens")
 
 
 def encode(tokenizer: Tokenizer, text: str) -> Encoding:
-    """The text's tokens and nothing else: no bos, and "<|im_end|>" in a text about chat templates is ten letters."""
+    """The text's tokens and nothing else: no bos, and "<|im_end|>" in a text about chat templates is ten characters."""
     as_text, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, True
     try:
         return tokenizer.encode(text, add_special_tokens=False)
@@ -104,7 +104,7 @@ def token_bits(model: Transformer, tokenizer: Tokenizer, document: str, summarie
 
 
 def _bos(model: Transformer) -> int:
-    """The token before everything: the model's bos, or its end-of-text token where it has none (Qwen)."""
+    """The token before everything: the model's bos, or its end-of-text token where it has none."""
     c = model.config
     if c.bos_token_id is None and not c.eos_token_ids:
         raise ValueError("SQUISH needs a token to begin with, and config.json names neither bos_token_id nor "

@@ -7,7 +7,8 @@
 Training and evaluation share all three, so what a run is paid for is what it is measured by. The loop, the log and the
 evaluation do not know which task it is: the words of the template decide that.
 
-    {target}         the wanted length, in tokens
+    {document}       the post
+    {target}         the wanted length, in tokens; {goal} is nine tenths of it
     {unit}           a budget in its place: the summary may be as long as a share of its document (--budgets)
     <summary>        the answer stands between <summary> and </summary>, and a completion ends with the closing tag
 
@@ -54,7 +55,7 @@ TEMPLATES = {
     "tagged_chatml": f"<|im_start|>system\n{REQUEST}<|im_end|>\n"
                      "<|im_start|>user\n{document}<|im_end|>\n<|im_start|>assistant\n",
 }
-# Qwen3 with thinking switched off: it has thought already, and nothing. Otherwise its thoughts would be the summary.
+# Qwen3 with thinking off: the prompt ends with an empty thought. Otherwise the thought would count as the summary.
 TEMPLATES["qwen3"] = TEMPLATES["chatml"] + "<think>\n\n</think>\n\n"
 
 CLOSE = "</summary>"  # whatever tokens spell it, it ends a tagged answer
@@ -281,8 +282,8 @@ def score_group(group: Group, task: Task, reward: Reward, config: Config, scorer
 def penalise(totals: list[float], missing: list[bool]) -> list[float]:
     """Totals of a group [G] -> the same with min - max(max - min, 0.1) where the summary is missing.
 
-    min and max are those of the completions that have a summary (published format penalty): always clearly the worst,
-    by the spread of the others. Where all are missing, all are equal, and nothing is learnt.
+    min and max are those of the completions with a summary. So a missing one is always the worst, by their spread or by
+    0.1 (the published penalty). Where all are missing, all are equal, and nothing is learnt.
 
     >>> penalise([0.75, 0.5, 0.0], [False, False, True]), penalise([0.5, 0.5, 0.0], [False, False, True])
     ([0.75, 0.5, 0.25], [0.5, 0.5, 0.4])

@@ -41,16 +41,17 @@ from squish import shorten
 def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     """Load everything, rehearse the largest step, run the stages, and keep what was learnt in `folder`.
 
-    Three models have a part in it, two of which never move. The policy writes and learns. The reference model is the
-    policy as it was: the KL in the loss holds the policy to it, so that it does not forget how to write. The scorers
-    measure SQUISH, where a stage is paid by it. Under LoRA all three are one set of weights.
+    Three models take part. The policy writes and learns. The reference model is the policy as it was at the start: the
+    KL in the loss holds the policy near it, so that it does not forget how to write. The scorers measure SQUISH, where
+    a stage is paid by it. The last two are frozen. Under LoRA all three share one set of weights, unless --references
+    or --stage-ref previous asks for others.
     """
     begun = time.time()
     stages = parse_stages(config.stages)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     free = memory.cap_memory(device)
     # From here on, what cannot work is refused before the first step: posts that are missing or too long, a model that
-    # does not fit. A run that fails after an hour is the worst kind of error message.
+    # does not fit. A refusal now is cheaper than a failure after an hour.
     model, tokenizer = load_policy(config)
     posts, held_out, longest = choose_posts(config, stages, model, tokenizer)
     ref_model, scorers = frozen_models(config, stages, model, tokenizer)
@@ -128,9 +129,10 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
 
 
 def learning_rate(step: int, total: int, config: Config) -> float:
-    """Up from 0 over the warm-up, then down in a straight line to `lr_end` times --lr: late steps only polish.
+    """A line down from --lr to about `lr_end` of it, times a warm-up from 1/warmup to 1.
 
-    A pure function of the step: a resumed run needs no scheduler's state.
+    AdamW's first moments are poor estimates, and late steps only polish. A pure function of the step: a resumed run
+    needs no scheduler's state.
     """
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup)) * (1 - (1 - config.lr_end) * step / total)
 
@@ -151,7 +153,7 @@ def last_good_weights(e: FloatingPointError, folder: Path, model, tokenizer, opt
 def load_policy(config: Config):
     """-> (model, tokenizer): the policy, with adapters where --lora asks for them.
 
-    Adapters begin as zero, so the first step begins at the base model either way.
+    Adapters add nothing at first (their B is 0), so the run begins at the base model either way.
     """
     model, tokenizer = load_with_tokenizer(config.model, config)
     if config.lora:
@@ -208,8 +210,8 @@ def choose_posts(config: Config, stages: list[Stage], model, tokenizer) -> tuple
 def frozen_models(config: Config, stages: list[Stage], model, tokenizer) -> tuple:
     """-> (the model that the KL holds to, or None; the (model, tokenizer) pairs that measure squish and cost, if any).
 
-    Both are the policy as it is now, before its first step, and they never move: a frozen copy, or under LoRA the
-    policy itself with its adapters off.
+    By default both are the policy as it is now, before its first step, and they never move: a frozen copy, or under
+    LoRA the policy itself with its adapters off. --references names other scorers.
     """
     measured = not NEED_MODEL.isdisjoint(reward_names(stages))
     names = [name for name in config.references.split(",") if name and measured]
@@ -231,7 +233,7 @@ def frozen_copy_of_stage(folder: Path, model, stage: Stage, begins: bool):
 
 
 def make_fast_or_small(config: Config, model, ref_model) -> None:
-    """--compile, or a heap that gives back what is free. Neither changes a result."""
+    """--compile, or a heap that gives back what is free. Neither changes a result beyond rounding."""
     if config.compile:
         for layer in {*model.layers, *(ref_model.layers if ref_model else ())}:
             layer.compile(dynamic=True)

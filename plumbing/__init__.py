@@ -1,1 +1,1 @@
-"""What a first reading skips: it changes no result, only speed, memory, safety or comfort. It imports no story."""
+"""What a first reading skips: speed, memory, safety and comfort. It imports no story."""
