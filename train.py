@@ -286,7 +286,7 @@ def make_optimizer(config: Config, model) -> torch.optim.Optimizer:
 
 def main(argv: list[str] | None = None) -> int:
     """The command -> its exit code. What a user can mend is one sentence on the screen and not a traceback."""
-    config, resume, given = read_arguments(Config, argv, __doc__)
+    config, resume, given = read_arguments(Config, argv, __doc__.partition("\nShapes")[0])
     sys.stdout.reconfigure(errors="replace")  # a console that cannot show an emoji should not end the run
     try:
         check(config)
