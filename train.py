@@ -31,6 +31,7 @@ from plumbing.adamw import AdamW
 from plumbing.checkpoint import load_checkpoint, save_checkpoint, stage_copy
 from plumbing.cli import Stop, open_run, read_arguments
 from plumbing.curves import draw_curves
+from plumbing.device import Lies, check_device
 from plumbing.log import Log
 from plumbing.posts import TINY, Post, load_split, posts_that_fit
 from rewards import NEED_MODEL, NEED_REFERENCE
@@ -56,6 +57,7 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     posts, held_out, longest = choose_posts(config, stages, model, tokenizer)
     ref_model, scorers = frozen_models(config, stages, model, tokenizer)
     make_fast_or_small(config, model, ref_model)
+    check_device(model, min(longest, key=len), sample, grpo.group_logprobs)  # nothing on the CPU
     rehearse_largest_step(model, ref_model, longest, config, free)
     optimizer = make_optimizer(config, model)
     # A run is its weights, the optimizer's moments and a step number. All else follows from the seed and the step, so a
@@ -294,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
         config, folder = open_run(config, resume, given)
         with Stop() as stop:
             train(config, folder, resume, stop)
-    except (ValueError, OSError, FloatingPointError, memory.Full) as e:
+    except (ValueError, OSError, FloatingPointError, memory.Full, Lies) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as e:

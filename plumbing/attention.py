@@ -44,6 +44,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, prompt: Sequ
             seen = prompt_mask.repeat_interleave(N // B, 0)[:, None, None].expand(N, 1, T, P)  # [N, 1, T, P]
         n = max(len(seen), len(allowed))  # 1 where nothing is padded: then one mask serves all rows
         allowed = torch.cat([seen.expand(n, 1, T, P), allowed.expand(n, 1, T, S)], 3)  # [N or 1, 1, T, P+S]
+    if q.device.type == "mps":  # whose kernels have read strided tensors as if they were not
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=H != K)
 
 
