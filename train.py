@@ -84,7 +84,7 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     log.evaluation(step, len(stages), held_out_summaries, held_out)
     save(model, tokenizer, folder / "model")
     if config.lora:
-        save_adapters(model, folder / "adapter", str(config.model))
+        save_adapters(model, folder / "adapter", TINY if config.model == "tiny" else config.model)
     draw_curves(folder, config.target, [stage.end for stage in stages])
     log.finish(time.time() - begun, memory.peak(device))
 
