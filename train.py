@@ -31,6 +31,7 @@ from plumbing.adamw import AdamW
 from plumbing.checkpoint import load_checkpoint, save_checkpoint, stage_copy
 from plumbing.cli import Stop, open_run, read_arguments
 from plumbing.curves import draw_curves
+from plumbing.exploded import remedy
 from plumbing.log import Log
 from plumbing.posts import TINY, Post, load_split, posts_that_fit
 from rewards import NEED_MODEL, NEED_REFERENCE
@@ -114,7 +115,8 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
         try:
             line |= grpo.update(model, ref_model, groups, optimizer, config)
         except FloatingPointError as e:
-            raise last_good_weights(e, folder, model, tokenizer, optimizer, log.last + 1) from e
+            advice = remedy(model, [r for group in groups for r in group.rewards], config, first=step == 0)
+            raise last_good_weights(e, advice, folder, model, tokenizer, optimizer, step + 1) from e
 
         # 5. Say what happened, and now and then write down all that is needed to go on from here.
         step += 1
@@ -135,14 +137,15 @@ def learning_rate(step: int, total: int, config: Config) -> float:
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup)) * (1 - (1 - config.lr_end) * step / total)
 
 
-def last_good_weights(e: FloatingPointError, folder: Path, model, tokenizer, optimizer, step: int) -> Exception:
+def last_good_weights(e: FloatingPointError, advice: str, folder: Path, model, tokenizer, optimizer,
+                      step: int) -> Exception:
     """What to say when the loss of `step` exploded; the weights of the last checkpoint are put into model/."""
     good = load_checkpoint(folder, model, optimizer)
     if good == 0:
-        return FloatingPointError(f"{e} in step {step}, before the first checkpoint: start again with a lower --lr.")
+        return FloatingPointError(f"{e} in step {step}, before the first checkpoint: start again with {advice}.")
     save(model, tokenizer, folder / "model")
     return FloatingPointError(f"{e} in step {step}. The weights of step {good}, which are good, are in "
-                              f"{folder / 'model'}: go on from them with --model {folder / 'model'} and a lower --lr.")
+                              f"{folder / 'model'}: go on from them with --model {folder / 'model'} and {advice}.")
 
 
 # --- before the first step --------------------------------------------------------------------------------------------

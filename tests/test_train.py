@@ -296,6 +296,20 @@ def test_compiled_layers_say_the_same(small, cwd, monkeypatch):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
 
 
+@pytest.mark.parametrize(("more", "says"), [
+    (["--temperature", "1e-38"], "--temperature"), (["--stages", "1e30*length:2", "--advantage", "mean"], "reward")])
+def test_a_run_that_is_stopped_names_what_stopped_it(small, cwd, capsys, more, says):
+    """The first gradient does not depend on --lr. Who is told to lower it, lowers it for an evening."""
+    code = train.main(["--model", str(small), *SMALL, *more, "--run", "x"])
+    err = capsys.readouterr().err
+    assert code == 1 and err.count("\n") == 1 and says in err and "--lr" not in err, err
+
+
+def test_large_rewards_are_no_explosion(small, cwd):
+    """Advantages of 1e9 make a loss and a gradient of 1e9. The clip to norm 1 takes that out, and it is a run."""
+    assert train.main(["--model", str(small), *SMALL, "--stages", "1e9*length:2", "--advantage", "mean"]) == 0
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run(small, cwd, capsys):
     """A learning rate of 1e30 wrecks the weights in its first step: the second one says so, and the last finite ones
     are left to go on from. 1e38 overflows at once, before there is anything to keep."""
