@@ -27,7 +27,7 @@ from eval import evaluate
 from lora import add_lora, merge_lora, save_adapters
 from model import Cache, load, pad, save
 from plumbing import memory
-from plumbing.adamw import AdamW
+from plumbing.adamw import AdamW, spare_norms
 from plumbing.checkpoint import load_checkpoint, save_checkpoint, stage_copy
 from plumbing.cli import Stop, open_run, read_arguments
 from plumbing.curves import draw_curves
@@ -137,8 +137,7 @@ def learning_rate(step: int, total: int, config: Config) -> float:
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup)) * (1 - (1 - config.lr_end) * step / total)
 
 
-def last_good_weights(e: FloatingPointError, advice: str, folder: Path, model, tokenizer, optimizer,
-                      step: int) -> Exception:
+def last_good_weights(e: Exception, advice: str, folder: Path, model, tokenizer, optimizer, step: int) -> Exception:
     """What to say when the loss of `step` exploded; the weights of the last checkpoint are put into model/."""
     good = load_checkpoint(folder, model, optimizer)
     if good == 0:
@@ -279,10 +278,11 @@ def make_optimizer(config: Config, model) -> torch.optim.Optimizer:
     lost (plumbing/adamw.py). Adapters are float32 even then, so torch's own serves them.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
+    groups = spare_norms(trained) if config.weight_decay else trained
     if config.lean and not config.lora:
-        return AdamW(trained, config.lr, weight_decay=config.weight_decay, seed=config.seed)
+        return AdamW(groups, config.lr, weight_decay=config.weight_decay, seed=config.seed)
     fused = trained[0].device.type in ("cpu", "cuda") or None  # None: whatever torch has for this device
-    return torch.optim.AdamW(trained, config.lr, (0.9, 0.99), 1e-8, config.weight_decay, fused=fused)
+    return torch.optim.AdamW(groups, config.lr, (0.9, 0.99), 1e-8, config.weight_decay, fused=fused)
 
 
 def main(argv: list[str] | None = None) -> int:
