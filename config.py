@@ -71,7 +71,8 @@ class Config:
     lr: float = flag(6e-4, "learning rate (about 2e-6 for a model of 0.5B)")
     warmup: int = flag(5, "steps over which the learning rate rises from 0")
     lr_end: float = flag(0.1, "share of --lr that is left at the last step; 1 keeps it constant")
-    weight_decay: float = flag(0.0, "how strongly AdamW pulls the weights to zero")
+    weight_decay: float = flag(0.0, "how strongly AdamW pulls matrices to zero; norms and biases are spared, as in "
+                                   "transformers' Trainer")
     seed: int = flag(0, "decides everything: order of posts, completions, and so the weights")
     # --- what is kept and said ---
     eval_posts: int = flag(200, "held-out posts per evaluation")

@@ -135,17 +135,21 @@ def advantages(rewards: Tensor, kind: str = "group") -> Tensor:
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"GRPO compares completions of the same prompt, so a group needs at least 2 of them; rewards "
                          f"have shape {list(rewards.shape)} where [prompts, completions] is wanted. Raise --group.")
-    rewards = rewards.float()  # [B, G]
-    if not rewards.isfinite().all():
+    rewards = rewards.double()  # [B, G]
+    if not rewards.float().isfinite().all():
         raise ValueError("A reward is NaN or infinite: no advantage can be computed from it. Look at the reward.")
+    size, std = rewards.abs().amax(1, keepdim=True), rewards.std().float()  # [B, 1], []
+    spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)  # [B, 1]
+    # float32 has seven digits: 1e8 and 1e8 + 1 are one number in it. Where a group shares three, they go first.
+    rewards = (rewards - torch.where(size > 1e3 * spread, rewards[:, :1], 0.0)).float()  # [B, G]
     a = rewards - rewards.mean(1, keepdim=True)  # [B, G]
     if kind == "group":
         a = a / (rewards.std(1, keepdim=True) + 1e-4)  # [B, G]
     elif kind == "batch":
-        a = a / (rewards.std() + 1e-4)  # [B, G]
-    # The mean of equal floats need not be equal to them. Divided by 1e-4, that rounding error would be an advantage.
-    flat = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)  # [B, 1]
-    return a.masked_fill(flat, 0.0)
+        a = a / (std + 1e-4)  # [B, G]
+    # The mean of equal floats need not be equal to them, nor are 0.1 + 0.2 and 0.3. Such a rounding error would be an
+    # advantage, however small, and AdamW makes a whole step of any gradient that is alone.
+    return a.masked_fill(spread <= 1e-12 * size, 0.0)
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, advantages: Tensor, mask: Tensor,
@@ -257,7 +261,7 @@ def group_logprobs(model: Transformer, prompts: Sequence[Tensor], tokens: Tensor
     return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
 
 
-EXPLODED = 1e6  # normal losses are below 1 and normal gradients below 100: a run beyond this has diverged
+EXPLODED = 1e6  # normal losses are below 1 and normal gradients below 100 (times the advantages, if those are large)
 
 
 def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, optimizer: torch.optim.Optimizer,
@@ -272,12 +276,13 @@ def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, 
     ours, before the first step). With several updates, loss, kl, entropy, clip_frac, ratio and grad_norm are those of
     the last one.
 
-    Raises FloatingPointError when the loss or the gradient is NaN or above EXPLODED (the weights are then as they were
+    Raises FloatingPointError when the loss or the gradient is NaN or exploded (the weights are then as they were
     before this optimizer step), or when a weight is not finite after it.
     """
-    rewards = torch.stack([torch.as_tensor(g.rewards, dtype=torch.float32) for g in groups])  # [B, G]
+    rewards = torch.stack([torch.as_tensor(g.rewards, dtype=torch.float64) for g in groups])  # [B, G]
     A = advantages(rewards, config.advantage).to(groups[0].tokens.device)  # [B, G]
     flat = (A == 0).all(1)  # [B]
+    most = EXPLODED * max(1.0, A.abs().max().item())  # rewards of 1e9 are no reason to stop: the clip takes it out
     beta = config.beta if ref_model is not None else 0.0
     # Without a KL, a batch of flat groups has gradient zero; AdamW would still move by momentum and weight decay.
     learns = beta > 0 or not bool(flat.all())
@@ -293,7 +298,7 @@ def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, 
         for m in micros:
             with torch.set_grad_enabled(learns):
                 loss, seen = micro_batch_loss(model, ref_model, m, config, whole)
-            if not loss.abs() < EXPLODED:  # NaN is not smaller than anything
+            if not loss.abs() < most:  # NaN is not smaller than anything
                 raise FloatingPointError(f"The loss is {loss.item()}: a log-probability or the KL exploded")
             if learns:
                 loss.backward()  # the gradients of the micro-batches add up, as their losses do
@@ -304,7 +309,7 @@ def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, 
         metrics |= means
         if not learns:
             break
-        metrics["grad_norm"] = step_down(model, optimizer, config.grad_clip)
+        metrics["grad_norm"] = step_down(model, optimizer, config.grad_clip, most)
     metrics["logp_gap"] = max(m.logp_gap for m in micros)
     optimizer.zero_grad(set_to_none=True)  # gradients are as large as the weights, and the sampler wants the room
     return metrics
@@ -330,11 +335,11 @@ def micro_batch_loss(model: Transformer, ref_model: Transformer | None, m: Micro
     return loss, metrics | {"entropy": entropy.sum() / m.mask.sum()}
 
 
-def step_down(model: Transformer, optimizer: torch.optim.Optimizer, largest_norm: float) -> float:
-    """Shorten the gradient to `largest_norm` if it is longer, and take the optimizer's step -> the norm it had."""
+def step_down(model: Transformer, optimizer: torch.optim.Optimizer, largest_norm: float, most: float) -> float:
+    """Shorten the gradient to `largest_norm`, take the optimizer's step -> the norm it had, which is below `most`."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     norm = torch.nn.utils.clip_grad_norm_(parameters, largest_norm).item()
-    if not norm < EXPLODED:
+    if not norm < most:
         raise FloatingPointError(f"The gradient's norm is {norm}")
     # Weights are float32, too: a step of 1e-6 is lost on a bfloat16 weight of 0.02, whose neighbours are 1e-4 away.
     optimizer.step()

@@ -23,17 +23,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from model import Linear, Transformer
-from plumbing.folder import file_name, read_json, write_files
-
-FACTORS = ("lora_A", "lora_B")
-# What PEFT's adapter_config.json may switch on and `model.Linear` does not compute.
-NOT_COMPUTED = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication",
-                "lora_bias", "fan_in_fan_out")
+from plumbing.folder import file_name, write_files
+from plumbing.peft import FACTORS, base_of, read_adapters
 
 
 def projections(model: Transformer) -> dict[str, Linear]:
@@ -48,7 +43,8 @@ def last_part(name: str) -> str:
 
 
 def add_lora(model: Transformer, rank: int, alpha: float, targets: Sequence[str] = (), seed: int = 0) -> None:
-    """Freeze the model and give every projection named in `targets` (none: all) an adapter.
+    """Freeze the model and give every projection named in `targets` (none: all) an adapter; `v_proj` is that of every
+    layer, `layers.0.self_attn.v_proj` one.
 
     A is drawn as in PEFT, uniform in +-1/sqrt(in), and B is zero: the first step begins at the base. Adapters are
     float32 whatever the weights are. They are parameters called lora_A and lora_B; an optimizer takes those that
@@ -57,7 +53,7 @@ def add_lora(model: Transformer, rank: int, alpha: float, targets: Sequence[str]
     layers = projections(model)
     known = dict.fromkeys(last_part(name) for name in layers)
     targets = targets or list(known)
-    unknown = [t for t in targets if t not in known]
+    unknown = [t for t in targets if t not in known and t not in layers]
     if rank < 1 or not alpha > 0 or unknown:
         raise ValueError(f"LoRA needs a rank of at least 1, an alpha above 0 and projections among {', '.join(known)}; "
                          f"got rank {rank}, alpha {alpha} and {', '.join(unknown or targets)}.")
@@ -66,7 +62,7 @@ def add_lora(model: Transformer, rank: int, alpha: float, targets: Sequence[str]
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)  # one for all adapters, drawn in the model's order
     for name, m in layers.items():
-        if last_part(name) in targets:
+        if last_part(name) in targets or name in targets:
             (out, size), device = m.weight.shape, m.weight.device
             A = (torch.rand(rank, size, generator=generator) * 2 - 1) / math.sqrt(size)  # [rank, in]
             m.lora_A = nn.Parameter(A.to(device))
@@ -78,7 +74,7 @@ def add_lora(model: Transformer, rank: int, alpha: float, targets: Sequence[str]
 def merge_lora(model: Transformer) -> None:
     """Put W + alpha/rank B A where W was and drop the adapters: a plain model again, all of it trainable.
 
-    In bf16 the sum is rounded to W's 8 bits, so the merged model differs a little from the one with adapters.
+    In bf16 the sum is rounded to W's 8 bits, which may lose most of what was learnt; `save` does not.
     """
     for m in projections(model).values():
         m.weight.copy_(m.merged())
@@ -87,7 +83,7 @@ def merge_lora(model: Transformer) -> None:
 
 
 def save_adapters(model: Transformer, path: str | Path, base: str = "") -> None:
-    """Write the adapters alone, in PEFT's format; `base` is the name or folder of the model that they belong to.
+    """Write the adapters alone, in PEFT's format; `base` is the hub name or folder of the model that they belong to.
 
     adapter_config.json says how to compute them, adapter_model.safetensors holds A and B of each projection. Raises
     ValueError where there are none, OSError where they cannot be written; old files then stay whole.
@@ -97,8 +93,11 @@ def save_adapters(model: Transformer, path: str | Path, base: str = "") -> None:
         raise ValueError("There are no adapters to save: add_lora first.")
     first = next(iter(layers.values()))
     rank = len(first.lora_A)
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
-              "lora_alpha": first.lora_scale * rank, "target_modules": sorted(set(map(last_part, layers))),
+    # A projection is named once for all layers, or with its layer where not all have an adapter.
+    partly = {last_part(name) for name, m in projections(model).items() if m.lora_A is None}
+    targets = {name if last_part(name) in partly else last_part(name) for name in layers}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_of(base), "r": rank,
+              "lora_alpha": first.lora_scale * rank, "target_modules": sorted(targets),
               "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
     state = {}
     for name, m in layers.items():
@@ -116,34 +115,11 @@ def load_adapters(model: Transformer, path: str | Path) -> None:
     """Give the model the adapters of a PEFT folder, ready to be trained further; the rest of it is frozen.
 
     Raises ValueError or FileNotFoundError, with the file and the tensor, where the adapters are not for this model or
-    ask for more than plain LoRA.
+    ask for more than plain LoRA. The model is then as it was.
     """
-    file, raw = Path(path) / "adapter_model.safetensors", read_json(Path(path) / "adapter_config.json")
-    wrong = [key for key in NOT_COMPUTED if raw.get(key)]
-    if raw.get("peft_type") != "LORA" or raw.get("bias", "none") != "none" or wrong:
-        raise ValueError(f"{path}/adapter_config.json asks for {', '.join(wrong) or 'another method than plain LoRA'}, "
-                         f"which crisp does not compute.")
-    if not file.exists():
-        raise FileNotFoundError(f"{file} is missing: a PEFT folder needs it beside adapter_config.json.")
-    try:
-        state = load_file(file)
-    except SafetensorError as e:
-        raise ValueError(f"{file} is not a whole safetensors file ({e}): copy it again.") from e
-    keys = {}  # (projection, factor) -> key in the file
-    for key in state:
-        name = key.removeprefix("base_model.model.").removeprefix("model.").removesuffix(".weight")
-        keys[name.rpartition(".")[::2]] = key
-    # The tensors say which projections have adapters: `target_modules` may be a pattern.
-    targets = list({last_part(name) for name, _ in keys})
-    add_lora(model, raw.get("r", 0), raw.get("lora_alpha", 0), targets)
-    for name, m in projections(model).items():
-        for factor in FACTORS if m.lora_A is not None else ():
-            key, empty = keys.pop((name, factor), None), getattr(m, factor)
-            if key is None:
-                raise ValueError(f"{file} lacks {name}.{factor}: is it made for this model?")
-            if state[key].shape != empty.shape:
-                raise ValueError(f"{file} has another shape, {list(state[key].shape)}, for {name}.{factor}: "
-                                 f"is it made for this model?")
-            empty.copy_(state[key])
-    if keys:
-        raise ValueError(f"{file} holds '{next(iter(keys.values()))}', which the model has no place for.")
+    layers = projections(model)
+    rank, alpha, found = read_adapters(path, {name: m.weight.shape for name, m in layers.items()})
+    add_lora(model, rank, alpha, list(found))
+    for name, factors in found.items():
+        for factor, tensor in zip(FACTORS, factors):
+            getattr(layers[name], factor).copy_(tensor)

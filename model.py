@@ -68,10 +68,10 @@ class Linear(nn.Linear):
         return y + F.linear(down, self.lora_B).to(y.dtype)
 
     def merged(self) -> Tensor:
-        """W + alpha/rank B A [out, in], in the dtype of W; without an adapter, W itself."""
+        """W + alpha/rank B A [out, in], in the adapter's float32, for bf16 would lose it; without an adapter, W."""
         if self.lora_A is None:
             return self.weight
-        return (self.weight.to(self.lora_A.dtype) + self.lora_scale * self.lora_B @ self.lora_A).to(self.weight.dtype)
+        return self.weight.to(self.lora_A.dtype) + self.lora_scale * self.lora_B @ self.lora_A
 
 
 class RMSNorm(nn.Module):
@@ -413,7 +413,7 @@ def load(name_or_path: str | Path, device: str | None = None,
 
 
 def save(model: Transformer, tokenizer: Tokenizer | None, path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write a folder that transformers, vllm and mlx-lm load as it is; `dtype` None keeps the parameters' own.
+    """Write a folder that transformers, vllm and mlx-lm load as it is; `dtype` None: the widest of the parameters'.
 
     Adapters are added to the weights that are written; the model keeps them. Raises OSError; old files then stay whole.
     """

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from metrics import bleu, copy_rate, meteor, own_shares, repetition, rouge_l, well_formed
 from plumbing.expression import read_sum
+from plumbing.own_reward import Refused, asked, numbers
 from plumbing.server import similarities
 
 # ------------------------------------------------------------------------------------------------------------- length
@@ -54,8 +55,8 @@ class Summary(NamedTuple):
 
 def _measured(summary: Summary, name: str) -> float:
     if name not in summary.measured:
-        raise ValueError(f"The reward '{name}' is measured by a language model: pass measured={{'{name}': [...]}} with "
-                         f"the numbers of squish.{name}.")
+        raise Refused(f"The reward '{name}' is measured by a language model: pass measured={{'{name}': [...]}} with "
+                      f"the numbers of squish.{name}.")
     return summary.measured[name]
 
 
@@ -137,11 +138,10 @@ class Reward:
 def values_of(name: str, group: Sequence[Summary]) -> list[float]:
     """The values [G] of one reward, by its name, for the G summaries of a post."""
     if name in REWARDS:
-        return [float(REWARDS[name](summary)) for summary in group]
-    values = [float(value) for value in GROUP_REWARDS[name](group)]
-    if len(values) != len(group):
-        raise ValueError(f"The reward '{name}' gave {len(values)} values for {len(group)} summaries: one for each.")
-    return values
+        values = [asked(name, REWARDS[name], summary) for summary in group]
+    else:
+        values = asked(name, GROUP_REWARDS[name], group)
+    return numbers(name, values, group)
 
 
 def parse(expression: str) -> Reward:

@@ -27,11 +27,12 @@ from eval import evaluate
 from lora import add_lora, merge_lora, save_adapters
 from model import Cache, load, pad, save
 from plumbing import memory
-from plumbing.adamw import AdamW
+from plumbing.adamw import AdamW, spare_norms
 from plumbing.checkpoint import load_checkpoint, save_checkpoint, stage_copy
 from plumbing.cli import Stop, open_run, read_arguments
 from plumbing.curves import draw_curves
 from plumbing.device import Lies, check_device
+from plumbing.exploded import remedy
 from plumbing.log import Log
 from plumbing.posts import TINY, Post, load_split, posts_that_fit
 from rewards import NEED_MODEL, NEED_REFERENCE
@@ -87,7 +88,7 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     log.evaluation(step, len(stages), held_out_summaries, held_out)
     save(model, tokenizer, folder / "model")
     if config.lora:
-        save_adapters(model, folder / "adapter", str(config.model))
+        save_adapters(model, folder / "adapter", TINY if config.model == "tiny" else config.model)
     draw_curves(folder, config.target, [stage.end for stage in stages])
     log.finish(time.time() - begun, memory.peak(device))
 
@@ -117,7 +118,8 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
         try:
             line |= grpo.update(model, ref_model, groups, optimizer, config)
         except FloatingPointError as e:
-            raise last_good_weights(e, folder, model, tokenizer, optimizer, log.last + 1) from e
+            advice = remedy(model, [r for group in groups for r in group.rewards], config, first=step == 0)
+            raise last_good_weights(e, advice, folder, model, tokenizer, optimizer, step + 1) from e
 
         # 5. Say what happened, and now and then write down all that is needed to go on from here.
         step += 1
@@ -139,14 +141,14 @@ def learning_rate(step: int, total: int, config: Config) -> float:
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup)) * (1 - (1 - config.lr_end) * step / total)
 
 
-def last_good_weights(e: FloatingPointError, folder: Path, model, tokenizer, optimizer, step: int) -> Exception:
+def last_good_weights(e: Exception, advice: str, folder: Path, model, tokenizer, optimizer, step: int) -> Exception:
     """What to say when the loss of `step` exploded; the weights of the last checkpoint are put into model/."""
     good = load_checkpoint(folder, model, optimizer)
     if good == 0:
-        return FloatingPointError(f"{e} in step {step}, before the first checkpoint: start again with a lower --lr.")
+        return FloatingPointError(f"{e} in step {step}, before the first checkpoint: start again with {advice}.")
     save(model, tokenizer, folder / "model")
     return FloatingPointError(f"{e} in step {step}. The weights of step {good}, which are good, are in "
-                              f"{folder / 'model'}: go on from them with --model {folder / 'model'} and a lower --lr.")
+                              f"{folder / 'model'}: go on from them with --model {folder / 'model'} and {advice}.")
 
 
 # --- before the first step --------------------------------------------------------------------------------------------
@@ -280,10 +282,11 @@ def make_optimizer(config: Config, model) -> torch.optim.Optimizer:
     lost (plumbing/adamw.py). Adapters are float32 even then, so torch's own serves them.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
+    groups = spare_norms(trained) if config.weight_decay else trained
     if config.lean and not config.lora:
-        return AdamW(trained, config.lr, weight_decay=config.weight_decay, seed=config.seed)
+        return AdamW(groups, config.lr, weight_decay=config.weight_decay, seed=config.seed)
     fused = trained[0].device.type in ("cpu", "cuda") or None  # None: whatever torch has for this device
-    return torch.optim.AdamW(trained, config.lr, (0.9, 0.99), 1e-8, config.weight_decay, fused=fused)
+    return torch.optim.AdamW(groups, config.lr, (0.9, 0.99), 1e-8, config.weight_decay, fused=fused)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,10 +9,22 @@ of the distance, is right on average: the weight moves seldom, but by a whole bi
 with Limited Numerical Precision"). The arithmetic is float32, a slice at a time, so nothing large is made.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 SLICE = 2 ** 18  # numbers that are float32 at a time: a mebibyte, small enough to be the same memory every time
+
+
+def spare_norms(parameters: Iterable[Tensor]) -> list[dict]:
+    """The optimizer's groups: weight decay for matrices and convolutions, none for norms and biases.
+
+    So does transformers' Trainer, and published settings mean that. A gain that is pulled to 0 would silence its layer.
+    """
+    parameters = list(parameters)
+    return [{"params": [p for p in parameters if p.ndim > 1]},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
 
 
 class AdamW(torch.optim.Optimizer):
@@ -28,9 +40,11 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        number = -1  # of the parameter, over all groups
         for group in self.param_groups:
             b1, b2 = group["betas"]
-            for number, p in enumerate(group["params"]):
+            for p in group["params"]:
+                number += 1
                 if p.grad is None:
                     continue
                 state = self.state[p]

@@ -1,5 +1,6 @@
 """A Hugging Face folder: its config, its weights and their names, and how files are written whole or not at all."""
 
+import functools
 import json
 import os
 import re
@@ -9,11 +10,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from plumbing.download import download
+from plumbing.weights import write_tensors
 
 FAMILIES = ("qwen2", "qwen3", "llama", "lfm2")
 # Files beside the weights that say how to tokenise, chat and stop: kept in memory by `load`, written again by `save`.
@@ -242,7 +243,7 @@ def read_model(model_class: Callable[[ModelConfig], nn.Module], name_or_path: st
     model.load_state_dict({name: state[file_name(name, config.model_type)] for name, _ in model.named_parameters()},
                           assign=True)
     model.raw_config = raw
-    model.sidecars = {n: (folder / n).read_bytes() for n in SIDECARS if (folder / n).exists()}
+    model.sidecars = {n: (folder / n).read_bytes() for n in ("tokenizer.json", *SIDECARS) if (folder / n).exists()}
     tokenizer = None
     if (folder / "tokenizer.json").exists():
         try:
@@ -255,24 +256,55 @@ def read_model(model_class: Callable[[ModelConfig], nn.Module], name_or_path: st
 
 
 def write_model(model: nn.Module, tokenizer: Tokenizer | None, path: str | Path, dtype: torch.dtype | None) -> None:
-    """What `model.save` promises."""
-    folder, state = Path(path), {}
-    for name, tensor in model.merged_parameters():
-        name = file_name(name, model.config.model_type)
-        name = name if name.startswith("lm_head") else f"model.{name}"
-        state[name] = tensor.detach().to("cpu", dtype).contiguous()
-    stored = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    raw = dict(model.raw_config)
-    raw["dtype" if "dtype" in raw else "torch_dtype"] = stored
-    files = {"config.json": json.dumps(raw, indent=2).encode() + b"\n", **model.sidecars}
+    """What `model.save` promises.
+
+    Adapters are float32. With them all is stored as float32 unless `dtype` says otherwise: rounded to bfloat16, W + BA
+    would forget most of what was learnt.
+    """
+    folder, family, sidecars = Path(path), model.config.model_type, dict(model.sidecars)
+    dtype = dtype or functools.reduce(torch.promote_types, (p.dtype for p in model.parameters()))
+    raw = {key: value for key, value in model.raw_config.items() if key != "quantization_config"}  # not quantized now
+    for key in {"dtype", "torch_dtype"} & raw.keys() or {"torch_dtype"}:
+        raw[key] = str(dtype).removeprefix("torch.")
+    names = {name: file_name(name, family) for name, _ in model.named_parameters()}
+    shapes = {name if name.startswith("lm_head") else f"model.{name}": p.shape for name, p in zip(
+        names.values(), model.parameters(), strict=True) if not name.endswith(("lora_A", "lora_B"))}
+    weights = (tensor for _, tensor in model.merged_parameters())
+    read = sidecars.pop("tokenizer.json", b"")  # as it was when the model was loaded
+    files = {"config.json": json.dumps(raw, indent=2).encode() + b"\n", **sidecars}
     if tokenizer is not None:
-        files["tokenizer.json"] = tokenizer.to_str(pretty=True).encode()
-    write_files({folder / "model.safetensors": lambda part: save_file(state, part, metadata={"format": "pt"}),
+        files["tokenizer.json"] = tokenizer_text(tokenizer, read)
+    write_files({folder / "model.safetensors": lambda part: write_tensors(part, shapes, weights, dtype),
                  **{folder / name: lambda part, content=content: part.write_bytes(content)
                     for name, content in files.items()}})
-    # Shards that the new file replaces: vllm and mlx-lm would read them instead of it, or beside it.
-    for old in (folder / "model.safetensors.index.json", *folder.glob("model-*-of-*.safetensors")):
-        old.unlink(missing_ok=True)
+    remove_shards(folder)
+
+
+def tokenizer_text(tokenizer: Tokenizer, read: bytes) -> bytes:
+    """tokenizer.json, its merges in the form that they were read in.
+
+    Today's library writes each as a pair of words, ["a", "b"]. Older programs know "a b" only.
+    """
+    text = tokenizer.to_str(pretty=True)
+    if re.search(rb'"merges":\s*\[\s*"', read):
+        whole = json.loads(text)
+        pairs = whole["model"].get("merges", [])
+        if not any(" " in word for pair in pairs for word in pair):
+            whole["model"]["merges"] = [" ".join(pair) for pair in pairs]
+            text = json.dumps(whole, indent=2, ensure_ascii=False)
+    return text.encode()
+
+
+def remove_shards(folder: Path) -> None:
+    """What one new file replaces: vllm and mlx-lm would read old shards instead of it, or beside it."""
+    index = folder / "model.safetensors.index.json"
+    old = {index, *(file for file in folder.glob("*.safetensors") if re.search(r"\d{5}-of-\d{5}", file.name))}
+    try:
+        old |= {folder / Path(name).name for name in read_json(index)["weight_map"].values()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        pass  # there is no index, or none that can be read
+    for file in old - {folder / "model.safetensors"}:
+        file.unlink(missing_ok=True)
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -8,6 +8,7 @@ import copy
 import doctest
 import itertools
 import re
+import statistics
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -166,6 +167,33 @@ def test_advantages_do_not_see_order_or_level(rows, kind, shift, random):
     close(advantages(r + shift, kind), a, 1e-5)
     if kind != "batch":  # that one divides by the std of all rewards, which sees the distance between groups
         close(advantages(r + shift * torch.arange(B)[:, None], kind), a, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ADVANTAGES)
+@pytest.mark.parametrize("constant", [1e3, 1e4, 1e7, 1e8, -1e9])
+def test_a_constant_in_the_reward_is_no_news_however_large(kind, constant):
+    """Bytes, microseconds, or a bonus that all get. float32 near 1e8 comes in steps of 8: its differences would be
+    other ones, or none. By hand, for the first kind: mean 3/16, std sqrt(0.432...)."""
+    r = [-0.5, 0.25, 0.0, 1.0]
+    expected = tensor([[(x - 0.1875) / (statistics.stdev(r) + 1e-4 if kind != "mean" else 1.0) for x in r]])
+    close(advantages(tensor([[constant + x for x in r]], dtype=torch.float64), kind), expected, 1e-5)
+    close(advantages(tensor([r]), kind), expected, 1e-5)
+
+
+def test_a_constant_changes_nothing_in_an_update():
+    """From the plain floats of a reward to the weights: nothing on the way rounds them."""
+    def learnt(constant):
+        groups = random_groups()
+        for g in groups:
+            g.rewards = [constant + x for x in (-0.5, 0.25, 0.0, 1.0)]
+        return step(groups, Config(beta=0.0))[0]
+    close(learnt(1e8), learnt(0.0), 1e-7)
+
+
+def test_what_only_rounding_tells_apart_is_flat():
+    """0.1 + 0.2 and 0.3. As an advantage of 1e-13 it would be a whole step of AdamW, which sees no sizes."""
+    for kind in ADVANTAGES:
+        assert (advantages(tensor([[0.1 + 0.2, 0.3, 0.3]], dtype=torch.float64), kind) == 0).all()
 
 
 def test_each_group_is_its_own_baseline():
@@ -922,6 +950,18 @@ def test_a_broken_gradient_never_reaches_the_weights(broken):
     with pytest.raises(FloatingPointError, match="gradient's norm is"):
         update(model, None, random_groups(), torch.optim.SGD(model.parameters(), lr=1.0), Config())
     assert parameters_to_vector(model.parameters()).equal(before)
+
+
+def test_a_gradient_is_not_exploded_because_the_rewards_are_large():
+    """Rewards of 1e9 without a division: the loss and its gradient are of that size, and the clip takes it out."""
+    def learnt(size):
+        groups = random_groups()
+        for g in groups:
+            g.rewards = [size * x for x in (-0.5, 0.25, 0.0, 1.0)]
+        return step(groups, Config(beta=0.0, advantage="mean", grad_clip=1e-3))
+    weights, metrics = learnt(1e9)
+    close(weights, learnt(1.0)[0], 1e-6)
+    assert metrics["grad_norm"] > 1e6
 
 
 def test_an_update_moves_probability_to_what_was_rewarded():

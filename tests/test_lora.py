@@ -160,6 +160,127 @@ def test_peft_reads_our_adapters_and_we_read_peft_s(tmp_path, family):
     assert sorted({n.split(".")[-2] for n in adapters_of(base)}) == names
 
 
+def by_peft(tmp_path, **more):
+    """A base and adapters that have learnt something, made and saved by PEFT -> (base, adapters, logits as PEFT reads
+    them again)."""
+    from helpers import raw_config
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+    folder = folder_of(tmp_path, tiny_model(), raw_config(torch_dtype="float32"))
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | more
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(**config))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_" in name:
+                p.add_(torch.randn_like(p) * 0.1)
+    theirs.save_pretrained(tmp_path / "adapters")
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapters").eval()
+    return folder, tmp_path / "adapters", again(tokens(2, 7)).logits.detach()
+
+
+@pytest.mark.parametrize("more", [
+    {"layers_to_transform": [1]}, {"layers_to_transform": 0, "layers_pattern": "layers"},
+    {"target_modules": r".*layers\.1\.(self_attn\.q_proj|mlp\.down_proj)"},
+    {"target_modules": ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]},
+    {"target_modules": "all-linear", "exclude_modules": ["model.layers.0.self_attn.q_proj"]},
+    {"init_lora_weights": "gaussian"}, {"init_lora_weights": "orthogonal"}, {"init_lora_weights": "mica"}],
+    ids=lambda more: str(next(iter(more.items()))))
+def test_plain_lora_of_any_beginning_and_on_some_layers_computes_what_peft_computes(tmp_path, more):
+    base, adapters, want = by_peft(tmp_path, **more)
+    model, _ = load(base)
+    load_adapters(model, adapters)
+    assert_same(model(tokens(2, 7)).detach(), want, 1e-4)
+    # Written again, they are the same adapters: PEFT would give those of left-out layers to nobody.
+    save_adapters(model, tmp_path / "again", base)
+    again, _ = load(base)
+    load_adapters(again, tmp_path / "again")
+    assert torch.equal(again(tokens(2, 7)), model(tokens(2, 7)))
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "again")
+    assert {n.removeprefix("base_model.model.model.").replace(".default.weight", "")
+            for n, _ in theirs.named_parameters() if "lora_" in n} == set(adapters_of(model))
+
+
+@pytest.mark.parametrize(("more", "name"), [
+    ({"init_lora_weights": "pissa"}, "pissa"), ({"init_lora_weights": "pissa_niter_2"}, "pissa_niter_2"),
+    ({"init_lora_weights": "olora"}, "olora"), ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens")])
+def test_adapters_of_another_base_or_on_some_tokens_only_are_refused_by_name(tmp_path, more, name):
+    """PiSSA and OLoRA take the first product away from the base. On the plain base the logits would be wrong."""
+    base, adapters, _ = by_peft(tmp_path, **more)
+    model, _ = load(base)
+    assert name in refusal(ValueError, load_adapters, model, adapters)
+
+
+@pytest.mark.parametrize("change", [
+    {"init_lora_weights": "corda"}, {"init_lora_weights": "loftq"}, {"init_lora_weights": "lora_ga"},
+    {"use_rslora": True}, {"rank_pattern": {"q_proj": 8}}, {"target_parameters": ["x"]}, {"a_key_of_the_future": 1},
+    {"r": 5}, {"r": "4"}, {"lora_alpha": None}, {"target_modules": "("}],
+    ids=str)
+def test_a_refused_adapter_leaves_the_model_as_it_was(tmp_path, change):
+    folder, model, x = tmp_path / "a", tiny_model(), tokens(2, 7)
+    save_adapters(adapted(), folder)
+    edit_json(folder / "adapter_config.json", **change)
+    before = model(x)
+    message = refusal(ValueError, load_adapters, model, folder)
+    key, value = next(iter(change.items()))
+    assert key in message or str(value) in message or "shape" in message or "lacks" in message
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    assert all(p.requires_grad for p in model.parameters()) and torch.equal(model(x), before)
+
+
+def test_settings_that_change_nothing_are_no_reason_to_refuse(tmp_path):
+    save_adapters(adapted(), tmp_path)
+    edit_json(tmp_path / "adapter_config.json", lora_dropout=0.1, revision="main", peft_version="0.99",
+              eva_config={"rho": 1.0}, init_lora_weights="eva", qalora_group_size=16, another_key=None)
+    model = tiny_model()
+    load_adapters(model, tmp_path)
+    assert torch.equal(model(tokens(2, 7)), adapted()(tokens(2, 7)))
+
+
+def test_the_base_is_a_hub_name_or_a_folder_that_is_found_from_anywhere(tmp_path, monkeypatch):
+    """PEFT reads the adapters from any directory: a path that is relative, or a run's folder, would be lost on it."""
+    from helpers import raw_config
+    run = tmp_path / "runs" / "b"
+    (run / "checkpoint").mkdir(parents=True)
+    folder_of(run, tiny_model(), raw_config()).rename(run / "model")
+    monkeypatch.chdir(tmp_path)
+    for base, want in (("owner/name", "owner/name"), ("runs/b", str(run / "model")),
+                       ("runs/b/model", str(run / "model")), ("", "")):
+        save_adapters(adapted(), tmp_path / "a", base)
+        assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == want
+
+
+def test_what_is_saved_over_bfloat16_weights_is_what_was_learnt(tmp_path):
+    """A change of 1e-4 on weights near 0.3, whose neighbours in bfloat16 are 2e-3 away: rounding leaves W where it was.
+    The folder is float32, for transformers as for us; the weights without an adapter are bit for bit W."""
+    from helpers import raw_config
+    from transformers import AutoModelForCausalLM
+    base, model = tiny_model(dtype=torch.bfloat16), tiny_model(dtype=torch.bfloat16)
+    add_lora(model, 2, 4.0, some("qwen2"))
+    learnt, generator = {}, torch.Generator().manual_seed(0)
+    for name, m in projections(model).items():
+        if m.lora_A is not None:
+            m.lora_B.data.normal_(0, 1e-4, generator=generator)
+            learnt[f"{name}.weight"] = 2.0 * m.lora_B.data @ m.lora_A.data
+    stored, _ = load(folder_of(tmp_path, model, raw_config(torch_dtype="bfloat16")))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
+    assert theirs.dtype == torch.float32
+    for of in (file_parameters(stored), dict(theirs.model.named_parameters())):
+        for name, w in file_parameters(base).items():
+            change = of[name].detach() - w.float()
+            if name in learnt:
+                assert (change - learnt[name]).norm() < 1e-3 * learnt[name].norm()
+            else:
+                assert change.abs().max() == 0
+    merge_lora(model)  # in memory W has 8 bits: this is what would have been saved
+    lost = file_parameters(model)["layers.0.self_attn.q_proj.weight"].float()
+    lost = lost - file_parameters(base)["layers.0.self_attn.q_proj.weight"].float()
+    wanted = learnt["layers.0.self_attn.q_proj.weight"]
+    assert (lost - wanted).norm() > 0.5 * wanted.norm()
+
+
 def test_adapters_go_to_a_folder_and_come_back(tmp_path):
     model, again, x = adapted(), tiny_model(), tokens(2, 7)
     save_adapters(model, tmp_path / "a", "some/base")

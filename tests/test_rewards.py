@@ -10,11 +10,14 @@ import math
 import os
 import random
 import threading
+import traceback
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from helpers import nltk_wordnet
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -629,6 +632,47 @@ def test_a_forker_s_reward_of_a_whole_group(monkeypatch):
     assert parts["rank"] == [2, 0, 1] and totals == [4.0, 0.0, 2.0]
     with pytest.raises(ValueError, match="'short' gave 1 values for 2 summaries"):
         parse("short")(["a", "b"], [1, 1], "", 1)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("-inf"), "0.5", b"1", [1.0], {}, 1j, torch.zeros(2)],
+                         ids=str)
+def test_what_a_reward_should_not_give_is_named(monkeypatch, value):
+    """The reward's name, the value and the summary: with ten terms in the sum, "NaN" alone is a search."""
+    monkeypatch.setitem(REWARDS, "mine", lambda s: 1.0 if s.text == "a" else value)
+    with pytest.raises(ValueError) as caught:
+        parse("length + 0*mine")(["a", "b b"], [1, 2], "", 1)
+    assert "'mine'" in str(caught.value) and repr(value) in str(caught.value) and "'b b'" in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [None, 1.0, "12", {"a": 1, "b": 2}], ids=str)
+def test_what_a_reward_of_a_group_should_not_give_is_named(monkeypatch, values):
+    monkeypatch.setitem(GROUP_REWARDS, "mine", lambda group: values)
+    with pytest.raises(ValueError) as caught:
+        parse("mine")(["a", "b"], [1, 2], "", 1)
+    assert "'mine'" in str(caught.value) and repr(values) in str(caught.value) and "2 summaries" in str(caught.value)
+
+
+def test_numbers_of_any_library_are_numbers(monkeypatch):
+    given = iter([True, np.float32(0.5), torch.tensor(2.0), 3])
+    monkeypatch.setitem(REWARDS, "mine", lambda s: next(given))
+    assert parse("mine")(["a"] * 4, [1] * 4, "", 1)[0] == [1.0, 0.5, 2.0, 3.0]
+    monkeypatch.setitem(GROUP_REWARDS, "tensor", lambda group: torch.tensor([1.0, 2.0]))
+    assert parse("tensor")(["a", "b"], [1, 1], "", 1)[0] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize("wrong", [ValueError, KeyError, OSError, FloatingPointError, RuntimeError])
+def test_an_error_in_a_forker_s_reward_says_which_and_where(monkeypatch, wrong, group):
+    """train.py shows a ValueError as one sentence, for it is its own. In a forker's reward it is a mistake in a
+    program, and a json.loads that fails says nothing without its line. RuntimeErrors keep their traceback."""
+    def mine(given):
+        raise wrong("out of somebody's library")
+
+    monkeypatch.setitem(GROUP_REWARDS if group else REWARDS, "mine", mine)
+    with pytest.raises(RuntimeError, match=f"'mine'.*{wrong.__name__}") as caught:
+        parse("length + mine")(["a", "b"], [1, 1], "", 1)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "in mine" in shown and "out of somebody's library" in shown
 
 
 def test_what_a_language_model_measures_is_handed_in():

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import disk_full_after
+from helpers import disk_full_after, raw_config, tiny_model
 from tokenizers import Tokenizer
 
 import eval as evaluation
 import train
+from config import Config
 from model import Transformer, load, read_config, save
+from plumbing.folder import file_parameters
 from plumbing.posts import TINY, load_posts, load_split
 from rewards import GROUP_REWARDS, REWARDS
 from task import batch_of
@@ -246,6 +248,36 @@ def test_a_post_list_of_ones_own(small, cwd, capsys):
     assert int(capsys.readouterr().out.splitlines()[1].removeprefix("runs/own").split()[0]) == 4
 
 
+@pytest.mark.parametrize("more", [{}, {"lean": True}, {"lora": 2}], ids=str)
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "lfm2"])
+def test_weight_decay_spares_what_transformers_trainer_spares(tmp_path, family, more):
+    """Published commands with --weight-decay 0.1 mean: matrices, the embedding among them; no norm, no bias."""
+    from transformers import AutoConfig, AutoModelForCausalLM, Trainer
+    model = tiny_model(family, dtype=torch.bfloat16 if "lean" in more else torch.float32)
+    if "lora" in more:
+        train.add_lora(model, 2, 4.0)
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw_config(family)))
+    expected = {n.removeprefix("model.") for n in Trainer.get_decay_parameter_names(None, theirs)} - {"lm_head.weight"}
+    names = {id(p): name for name, p in file_parameters(model).items()}
+    optimizer = train.make_optimizer(Config(weight_decay=0.1, **more), model)
+    decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    spared = {names[id(p)] for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]}
+    if "lora" in more:  # adapters are matrices
+        assert decayed and all("lora_" in name for name in decayed) and not spared
+    else:
+        assert decayed == expected and decayed | spared == {*names.values()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    before = {name: p.detach().clone() for name, p in file_parameters(model).items()}
+    for group in optimizer.param_groups:
+        group["lr"] = 1.0
+    optimizer.step()  # w - lr wd w, and nothing else: the gradient is 0
+    for name, p in file_parameters(model).items():
+        kept = 0.9 if name in decayed else 1.0
+        torch.testing.assert_close(p.float(), before[name].float() * kept, rtol=8e-3, atol=0)
+
+
 def test_a_run_is_never_overwritten(small, cwd, capsys):
     args = ["--model", str(small), *SMALL, "--stages", "length:1"]
     assert train.main([*args, "--run", "a"]) == 0
@@ -294,6 +326,20 @@ def test_compiled_layers_say_the_same(small, cwd, monkeypatch):
     for ours, theirs in zip(lines(Path("runs/compiled/metrics.jsonl")), lines(Path("runs/plain/metrics.jsonl"))):
         for name in ("reward", "length", "kl", "entropy", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize(("more", "says"), [
+    (["--temperature", "1e-38"], "--temperature"), (["--stages", "1e30*length:2", "--advantage", "mean"], "reward")])
+def test_a_run_that_is_stopped_names_what_stopped_it(small, cwd, capsys, more, says):
+    """The first gradient does not depend on --lr. Who is told to lower it, lowers it for an evening."""
+    code = train.main(["--model", str(small), *SMALL, *more, "--run", "x"])
+    err = capsys.readouterr().err
+    assert code == 1 and err.count("\n") == 1 and says in err and "--lr" not in err, err
+
+
+def test_large_rewards_are_no_explosion(small, cwd):
+    """Advantages of 1e9 make a loss and a gradient of 1e9. The clip to norm 1 takes that out, and it is a run."""
+    assert train.main(["--model", str(small), *SMALL, "--stages", "1e9*length:2", "--advantage", "mean"]) == 0
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(small, cwd, capsys):
