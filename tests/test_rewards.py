@@ -26,6 +26,7 @@ from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 import metrics
 import rewards
+import train
 from metrics import (
     copy_rate,
     corpus_bleu,
@@ -742,6 +743,42 @@ def test_a_key_that_is_none_is_refused_and_not_shown(server, monkeypatch, key):
     with pytest.raises(ValueError, match="^OPENAI_API_KEY holds ") as caught:
         cosine_of("a", "b")
     assert "secret" not in str(caught.value) and not server[1]
+
+
+def test_a_run_whose_server_stays_away_ends_after_a_checkpoint_and_goes_on_when_it_is_back(
+        server, tmp_path, monkeypatch, capsys):
+    """Away in the middle of a step, in the evaluation at the end, and never: three runs, one result."""
+    monkeypatch.chdir(tmp_path)
+    settings = ["--stages", "embedding:4", "--prompts", "2", "--group", "2", "--target", "8", "--eval-posts", "2",
+                "--save-every", "9"]
+
+    def rows_of(name, *files):
+        return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "tokens_per_s")}
+                for file in files if Path(f"runs/{name}/{file}.jsonl").exists()
+                for line in Path(f"runs/{name}/{file}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    def run_that_loses_its_server(name, step, group):  # with this group of the next step, or in the evaluation
+        server_module._known.clear()
+        since = []
+
+        def answer(body, n):
+            since.extend([n] * (len(rows_of(name, "metrics")) == step))
+            return (503, "busy") if len(since) > group else None
+
+        server[0].answer = answer
+        assert train.main([*settings, "--run", name]) == 1
+        err = capsys.readouterr().err
+        assert f"All {step} steps are kept" in err and f"python train.py --run {name} --resume" in err
+        server[0].answer = None
+        assert train.main(["--resume", "--run", name]) == 0
+        assert f"Resumed after step {step}." in capsys.readouterr().out
+        return rows_of(name, "metrics", "eval")
+
+    assert train.main([*settings, "--run", "whole"]) == 0
+    whole = rows_of("whole", "metrics", "eval")
+    assert len(whole) == 4 + 2
+    assert run_that_loses_its_server("a", 3, 1) == whole
+    assert run_that_loses_its_server("b", 4, 0) == whole
 
 
 def test_half_a_character_can_be_sent(server):
