@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from model import Cache, Transformer, pad, to_logits
+from plumbing.thoughts import without_thoughts
 
 
 @dataclass
@@ -211,12 +212,12 @@ def _spelt(tokenizer: Tokenizer, stop_text: str, tokens: Tensor) -> list[int]:
     """tokens [n, t] -> for each row, how many of its last tokens it takes to spell the stop text; 0: it is not there.
 
     Every token is a byte at least, so as many tokens as the text has bytes hold it. What comes after it in the same
-    token does not matter.
+    token does not matter. In thoughts it is a mention, and ends nothing.
     """
     last = tokens[:, -len(stop_text.encode()):].tolist()
     spelt = [0] * len(last)
     for i, text in enumerate(tokenizer.decode_batch(last, skip_special_tokens=False)):
-        if stop_text in text:
+        if stop_text in text and stop_text in without_thoughts(tokenizer.decode(tokens[i].tolist(), False)):
             counts = range(1, len(last[i]) + 1)
             spelt[i] = next(n for n in counts if stop_text in tokenizer.decode(last[i][-n:], False))
     return spelt

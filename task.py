@@ -28,6 +28,7 @@ from config import Config, parse_budgets
 from metrics import distinct, repetition, templated
 from model import Transformer
 from plumbing.posts import Post, load_posts
+from plumbing.thoughts import without_thoughts
 from rewards import NEED_MODEL, Reward
 from rollout import Group
 from squish import allowance, cost, encode, ensemble, fits, size
@@ -218,19 +219,20 @@ def read_answer(completion: str, template: str) -> str | None:
 def extract(completion: str, opened: bool) -> str | None:
     """The summary between tags, or None where there is none: no closing tag, or nothing to close.
 
-    `opened`: the prompt ended with <summary>, so the completion begins inside it. Otherwise free text, such as
-    reasoning, may come first, and the last opening tag before the first closing one counts.
+    `opened`: the prompt ended with <summary>, so the completion begins inside it. Otherwise thoughts and free text,
+    which may name the tags, come first, and the last closed pair counts.
 
     >>> extract(" A cat sat.</summary>\\n", opened=True), extract(" A cat sat", opened=True)
     ('A cat sat.', None)
-    >>> extract("Hm. <summary>A cat.</summary>", opened=False), extract("A cat.</summary>", opened=False)
-    ('A cat.', None)
+    >>> extract("Between <summary> and </summary>: <summary>A cat.</summary>", opened=False)
+    'A cat.'
     """
-    text, closed, _ = completion.partition(CLOSE)
-    if not opened:
-        _, found, text = text.rpartition("<summary>")
-        closed = closed and found
-    return text.strip() if closed else None
+    answer = without_thoughts(completion)
+    if opened:
+        text, closed, _ = answer.partition(CLOSE)
+        return text.strip() if closed else None
+    pairs = re.findall(f"<summary>((?:(?!</?summary>).)*){CLOSE}", answer, re.DOTALL)
+    return pairs[-1].strip() if pairs else None
 
 
 def content_lengths(group: Group) -> list[int]:

@@ -28,7 +28,7 @@ from lora import add_lora, merge_lora, save_adapters
 from model import Cache, load, pad, save
 from plumbing import memory
 from plumbing.adamw import AdamW, spare_norms
-from plumbing.checkpoint import load_checkpoint, save_checkpoint, stage_copy
+from plumbing.checkpoint import kept_when_alone, load_checkpoint, save_checkpoint, stage_copy
 from plumbing.cli import Stop, open_run, read_arguments
 from plumbing.curves import draw_curves
 from plumbing.device import Lies, check_device
@@ -112,7 +112,8 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
                         stop_text=task.CLOSE if task.has_tag(config.template) else "")
         # 3. Each summary gets a number. Any function of the text will do, for no gradient goes through it: the loss
         #    asks only how much better than its own group a summary was.
-        line = task.score(groups, tasks, stage.reward, config, tokenizer, scorers)
+        with kept_when_alone(folder, model, optimizer, step):  # a reward may ask a server, which may go away
+            line = task.score(groups, tasks, stage.reward, config, tokenizer, scorers)
         # 4. Summaries that did better than their own group become likelier, the others less likely: not too far from
         #    the policy that wrote them (the clip), nor from the reference model (the KL).
         try:

@@ -1,6 +1,7 @@
 """What a run is when nobody runs it: weights, moments and a step number, written whole or not at all."""
 
 import copy
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +14,17 @@ def save_checkpoint(folder: Path, model, optimizer, step: int) -> None:
     trained = {name: p for name, p in file_parameters(model).items() if p.requires_grad}  # of LoRA, the adapters only
     state = {"step": step, "model": trained, "optimizer": optimizer.state_dict()}
     write_file(folder / "checkpoint" / "state.pt", lambda part: torch.save(state, part))
+
+
+@contextmanager
+def kept_when_alone(folder: Path, model, optimizer, step: int):
+    """Inside, a server may stay away. Then the run ends, but not without a checkpoint of the `step` steps it has."""
+    try:
+        yield
+    except ConnectionError as e:
+        save_checkpoint(folder, model, optimizer, step)
+        raise ConnectionError(f"{e} All {step} steps are kept: when the server is back, go on with "
+                              f"python train.py --run {folder.name} --resume") from e
 
 
 def read_state(path: Path, device) -> dict:

@@ -74,7 +74,11 @@ class Log:
     def evaluation(self, step: int, stage: int, evaluate: Callable[[], dict], held_out: list) -> None:
         """Evaluate once per (step, stage), even when the run was killed right after."""
         if (step, stage) not in self.evaluated:
-            r = evaluate()
+            try:
+                r = evaluate()
+            except ConnectionError as e:  # the reward's server is away; each stage ends with a checkpoint
+                raise ConnectionError(f"{e} All {step} steps are kept: when the server is back, go on with python "
+                                      f"train.py --run {self.folder.name} --resume" if step else str(e)) from e
             summaries = r.pop("summaries")
             for post, row in zip(held_out[:5], summaries):
                 self.append("samples", {"step": step, "stage": stage, "document": post.document,

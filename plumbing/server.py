@@ -1,16 +1,294 @@
-"""Other people's servers: any that speaks OpenAI's protocol (hosted, Ollama, vLLM, llama.cpp).
+"""Other people's servers: any that speaks OpenAI's protocol (hosted, Ollama, vLLM, llama.cpp), by the package openai.
 
-$OPENAI_BASE_URL says where it is (Ollama on this machine unless told), $OPENAI_API_KEY who asks.
+Retries, time-outs, Retry-After and the pool of connections are the package's. Here stands what servers do differently,
+and what a caller must know of a failure. $OPENAI_API_KEY says who asks. Rewards ask the server at $OPENAI_BASE_URL
+(Ollama on this machine unless told).
 """
 
+import functools
+import hashlib
 import json
 import math
 import os
-import urllib.request
-from collections.abc import Sequence
+import re
+import sqlite3
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from urllib.parse import urlsplit
 
-_known: dict[tuple[str, str, str], list[float]] = {}  # (server, model, text) -> vector; references come back each epoch
+from plumbing.thoughts import without_thoughts
+
+TRIES = 5  # of one request, while the server is busy or away; the package waits in between
 MOST = 4096  # vectors that are kept
+# Not every server takes all that is sent. What it does not take -> the words by which a refusal says so.
+UNTAKEN = {"max_tokens": r"\bmax_tokens\b", "seed": r"\bseed\b", "temperature": r"\btemperature\b",
+           "system role": r"\bsystem\b|\broles?\b|developer instruction"}
+
+
+class Refused(OSError):
+    """There is no answer, and why. `final`: the server will not answer the next request either."""
+
+    def __init__(self, why: str, final: bool = False):
+        super().__init__(why)
+        self.final = final
+
+
+class Kept:
+    """A table on disk, or in memory: key -> value. What is in there is whole: sqlite sees to kills and full disks."""
+
+    def __init__(self, path: Path | None = None):
+        try:
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self.db = sqlite3.connect(path or ":memory:", check_same_thread=False, timeout=60)
+            self.db.execute("CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value TEXT)")
+        except sqlite3.Error as e:
+            raise OSError(f"{path} cannot be used to keep summaries ({e}): delete it, or name another --cache.") from e
+
+    def get(self, *key):
+        try:
+            row = self.db.execute("SELECT value FROM kept WHERE key = ?", (self.name(key),)).fetchone()
+            return None if row is None else json.loads(row[0])
+        except (sqlite3.Error, ValueError) as e:
+            raise OSError(f"What was kept cannot be read ({e}): delete the file, or name another --cache.") from e
+
+    def put(self, value, *key) -> None:
+        try:
+            with self.db:
+                self.db.execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", (self.name(key), json.dumps(value)))
+        except sqlite3.Error as e:
+            raise OSError(f"A summary could not be kept ({e}): free some space; what was kept before is safe.") from e
+
+    def __len__(self) -> int:
+        return self.db.execute("SELECT count(*) FROM kept").fetchone()[0]
+
+    def clear(self) -> None:
+        with self.db:
+            self.db.execute("DELETE FROM kept")
+
+    @staticmethod
+    def name(key: tuple) -> str:
+        return hashlib.sha256(json.dumps(key).encode()).hexdigest()
+
+
+# --- asking -----------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def connect(url: str, model: str, key: str) -> "Server":
+    """The server, with all that was learnt about it since this process began."""
+    return Server(url, model, key)
+
+
+class Server:
+    """A model behind a server."""
+
+    def __init__(self, url: str, model: str, key: str):
+        check_key(key)
+        check_url(url)
+        try:
+            from openai import OpenAI, OpenAIError, Timeout
+            self.client = OpenAI(base_url=url, api_key=key or "none", max_retries=TRIES - 1)
+            self.timeout = functools.partial(Timeout, connect=10)
+        except ImportError as e:
+            if e.name is None:  # what a proxy of the environment needs
+                raise OSError(f"No server can be asked: {' '.join(str(e).split())}") from e
+            raise OSError("To ask a server takes a package that is not here: pip install openai.") from e
+        self.url, self.model, self.key, self.error = url, model, key, OpenAIError
+        self.untaken: set[str] = set()  # names of UNTAKEN that it was found not to take
+        self.met = False  # it has answered before
+        self.gone: Refused | None = None  # why it will not answer again
+
+    def chat(self, system: str, user: str, *, max_tokens: int, temperature: float, seed: int, close: str = "") -> str:
+        """One answer, without its reasoning field. `close`: an answer that was cut off before it has this is none."""
+        body = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "messages": [
+            {"role": "system", "content": mended(system)}, {"role": "user", "content": mended(user)}]}
+        return self.ask(self.client.chat.completions, body, functools.partial(read_answer, close=close), seconds=600)
+
+    def vectors(self, texts: Sequence[str]) -> list[list[float]]:
+        """A vector for each text, in one request."""
+        body = {"input": [mended(text) for text in texts], "encoding_format": "float"}  # not base64
+        return self.ask(self.client.embeddings, body, functools.partial(read_vectors, n=len(texts)), seconds=60)
+
+    def together(self, work: Callable, items: Sequence, jobs: int) -> Iterator[tuple]:
+        """(item, work(item) or the Refused that it raised) of all items as they come, `jobs` at a time.
+
+        The first of all goes alone: it learns what the server does not take, and whether it is there."""
+        def attempt(item):
+            try:
+                return item, work(item)
+            except Refused as e:
+                return item, e
+
+        if items and not self.met:
+            yield attempt(items[0])
+            items = items[1:]
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = [pool.submit(attempt, item) for item in items]
+            try:
+                for future in as_completed(futures):
+                    yield future.result()
+            finally:  # also where the caller was stopped: what has not begun does not begin
+                for future in futures:
+                    future.cancel()
+
+    def ask(self, resource, body: dict, read: Callable, seconds: float):
+        """What `read` makes of the answer. A broken one is asked for once more: it may have been cut on the way."""
+        for last in (False, True):
+            if self.gone:
+                raise self.gone
+            content = self.send(resource, body, seconds)
+            try:
+                result = read(as_object(content))
+                self.met = True
+                return result
+            except Refused as e:
+                raise Refused(self.clean(str(e))) from None
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
+                if last:
+                    said = self.clean(reason_of(content.decode("utf-8", "replace")))
+                    raise Refused(f"it answered {said!r} ({self.clean(repr(e))}){self.hint()}") from None
+
+    def send(self, resource, body: dict, seconds: float) -> bytes:
+        """The answer's bytes. What the server refuses to take is changed or left out, and that is remembered."""
+        untaken, before = set(self.untaken), ""
+        while True:
+            try:
+                answer = resource.with_raw_response.create(model=self.model, timeout=self.timeout(seconds),
+                                                           **adapted(body, untaken))
+                for name in sorted(untaken - self.untaken):
+                    print(f"{self.url} takes no {name} for {self.model}: asked without it.", file=sys.stderr)
+                self.untaken |= untaken
+                return answer.content
+            except self.error as e:
+                status = getattr(e, "status_code", None)
+                failure = self.failure(e, status)
+                name = next((name for name, words in UNTAKEN.items() if name not in untaken and sent(name, body)
+                             and re.search(words, str(failure), re.IGNORECASE)), None)
+                if name is None or status in (None, 401, 402, 403, 404, 429):
+                    if failure.final:
+                        self.gone = failure
+                    raise Refused(before + str(failure), failure.final) from None
+                before += f"{failure}; and without {name}: "
+                untaken.add(name)
+
+    def failure(self, e: Exception, status: int | None) -> Refused:
+        """What is wrong, in words that do not have the key in them."""
+        if status is None:
+            cause = e.__cause__ or e
+            away = type(cause).__name__ in ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol")
+            said = self.clean(f"{type(cause).__name__} {cause}")
+            return Refused(f"it cannot be reached: {said}" if away else f"the connection failed: {said}", away)
+        said = self.clean(reason_of(e.response.text))
+        never = status in (401, 402, 404) or "insufficient_quota" in e.response.text
+        return Refused(f"HTTP {status} {said}" + (self.hint() if status == 404 else ""), never)
+
+    def hint(self) -> str:
+        return "" if "/v1" in self.url else "; most servers' URLs end in /v1, this one does not"
+
+    def clean(self, text: str) -> str:
+        """One line, not too long, without the key."""
+        if len(self.key) > 3:  # a shorter one is no secret
+            text = text.replace(self.key, "***").replace(json.dumps(self.key)[1:-1], "***")
+        text = " ".join(text.split())
+        return text if len(text) <= 300 else text[:300] + " ..."
+
+
+def check_key(key: str) -> None:
+    """A key travels in a header. What cannot go there is refused before a library shows it in an error."""
+    strange = [char for char in key if not "!" <= char <= "~"]
+    if strange:
+        raise ValueError(f"OPENAI_API_KEY holds {ascii(strange[0])}, which no key has: set it again, without line "
+                         f"ends, blanks and typographic quotes.")
+
+
+def check_url(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        fine = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+        secret = "@" in parts.netloc or re.search("key|token|secret", parts.query, re.IGNORECASE)
+    except ValueError:
+        fine = secret = False
+    if secret:
+        raise ValueError("The server's URL holds a key or a password, and would be printed: leave it out, and set "
+                         "OPENAI_API_KEY.")
+    if not fine:
+        raise ValueError(f"{url} is no server's URL: it looks like http://localhost:11434/v1.")
+
+
+def sent(name: str, body: dict) -> bool:
+    return "messages" in body if name == "system role" else name in body
+
+
+def adapted(body: dict, untaken: set[str]) -> dict:
+    """The request without what the server does not take; what has another form is said in that."""
+    result = {name: value for name, value in body.items() if name not in untaken}
+    if "max_tokens" in untaken & body.keys():
+        result["max_completion_tokens"] = body["max_tokens"]  # OpenAI's newer name
+    if "system role" in untaken and "messages" in body:  # in the user's turn
+        result["messages"] = [{"role": "user", "content": "\n\n".join(m["content"] for m in body["messages"])}]
+    return result
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def mended(text: str) -> str:
+    """Text that has a UTF-8 form: half a character (a lone surrogate) becomes the sign for one that is lost."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def as_object(content: bytes) -> dict:
+    answer = json.loads(content.decode("utf-8", "replace"))
+    if answer.get("error"):
+        raise ValueError("an error")
+    return answer
+
+
+def reason_of(text: str) -> str:
+    """The message in the body of an error, whatever its form; else the body."""
+    try:
+        found = json.loads(text)
+        found = found.get("error") or found
+        found = found if isinstance(found, str) else found.get("message") or found
+        return found if isinstance(found, str) else json.dumps(found)
+    except (ValueError, AttributeError):
+        return text
+
+
+def read_answer(answer: dict, close: str) -> str:
+    """The text of a chat's answer."""
+    choice = answer["choices"][0]
+    content, end = choice["message"]["content"], choice.get("finish_reason")
+    if isinstance(content, list):  # in parts, some of which are thoughts
+        content = "".join(part["text"] for part in content if part.get("type", "text") in ("text", "output_text"))
+    if end == "content_filter" or choice["message"].get("refusal"):
+        raise Refused(f"the server's filter refused it: {choice['message'].get('refusal') or end}")
+    if end == "length" and close not in without_thoughts(content or ""):
+        raise Refused("the answer was cut off before its end: allow it more with --max-new-tokens")
+    text = mended(content or "")
+    if not text.strip() or end == "error":
+        raise ValueError(f"an empty answer, {end}")
+    return text
+
+
+def read_vectors(answer: dict, n: int) -> list[list[float]]:
+    """The n vectors of an answer, whole and alike."""
+    data = sorted(answer["data"], key=lambda item: item.get("index") or 0)  # stable: some servers give no index
+    vectors = [list(map(float, item["embedding"])) for item in data]
+    if len(vectors) != n:
+        raise ValueError(f"{len(vectors)} vectors for {n} texts")
+    if not all(vectors) or not all(math.isfinite(x) for vector in vectors for x in vector):
+        raise ValueError("a vector that is empty or not finite")
+    return vectors
+
+
+# --- the reward 'embedding' -------------------------------------------------------------------------------------------
+
+
+_known = Kept()  # (server, model, text) -> vector: references come back each epoch
 
 
 def similarities(pairs: Sequence[tuple[str, str]]) -> list[float]:
@@ -30,28 +308,24 @@ def cosine(a: Sequence[float], b: Sequence[float]) -> float:
 
 def embed(texts: Sequence[str]) -> dict[str, list[float]]:
     """{text: vector} of the model $EMBEDDING_MODEL; all texts that are not known yet go in one request."""
-    url = os.environ.get("OPENAI_BASE_URL", "http://localhost:11434/v1").rstrip("/") + "/embeddings"
-    model = os.environ.get("EMBEDDING_MODEL", "nomic-embed-text")
-    new = [text for text in dict.fromkeys(texts) if (url, model, text) not in _known]
-    if new:
-        if len(_known) + len(new) > MOST:
-            _known.clear()
-            new = list(dict.fromkeys(texts))
-        _known.update(((url, model, text), vector) for text, vector in zip(new, _ask(url, model, new)))
-    return {text: _known[url, model, text] for text in texts}
-
-
-def _ask(url: str, model: str, texts: list[str]) -> list[list[float]]:
-    request = urllib.request.Request(url, json.dumps({"model": model, "input": texts}).encode(), {
-        "Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"})
+    url = (os.environ.get("OPENAI_BASE_URL") or "http://localhost:11434/v1").strip().rstrip("/")
+    model = os.environ.get("EMBEDDING_MODEL") or "nomic-embed-text"
+    found = {text: _known.get(url, model, text) for text in texts}
+    new = [text for text, vector in found.items() if vector is None]
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            data = json.load(answer)["data"]
-        data = sorted(data, key=lambda item: item.get("index", 0))  # a stable sort: some servers give no index
-        vectors = [list(map(float, item["embedding"])) for item in data]
-        if len(vectors) != len(texts):
-            raise ValueError(f"{len(vectors)} vectors for {len(texts)} texts")
-        return vectors
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
-        raise ConnectionError(f"The reward 'embedding' got no vectors from {url} for the model {model} ({e!r}): start "
-                              f"a server there, or set OPENAI_BASE_URL, OPENAI_API_KEY, EMBEDDING_MODEL.") from e
+        if new:
+            server = connect(url, model, os.environ.get("OPENAI_API_KEY", ""))
+            server.gone = None  # a reward asks again: nobody else would notice that the server is back
+            found.update(zip(new, server.vectors(new)))
+        sizes = {len(vector) for vector in found.values()}
+        if len(sizes) > 1:
+            raise Refused(f"vectors of {' and '.join(map(str, sorted(sizes)))} numbers")
+    except Refused as e:
+        raise ConnectionError(f"The reward 'embedding' got no vectors from {url}/embeddings for the model {model} "
+                              f"({e}): start a server there, or set OPENAI_BASE_URL, OPENAI_API_KEY, "
+                              f"EMBEDDING_MODEL.") from None
+    if len(_known) + len(new) > MOST:
+        _known.clear()
+    for text in new:
+        _known.put(found[text], url, model, text)
+    return found

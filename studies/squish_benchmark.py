@@ -8,20 +8,16 @@ A model is a run, a model folder, a hub name, or URL#NAME, which is NAME behind 
 $OPENAI_API_KEY). Beside them stand four that no model wrote: the document's first characters, its reference summary,
 another document's, each cut to the budget, and none at all.
 
-A failed summary counts 0 in the mean, and so does one over budget; neither is left out. What was written or measured
-once is kept on disk, by everything that it depends on, and not asked for again.
+A failed summary counts 0 in the mean, and so does one over budget; neither is left out. A server that gives no answer
+at all, or goes away, is not measured: the table says why, and the command fails. What was written or measured once is
+kept on disk, by everything that it depends on, and not asked for again.
 """
 
 import argparse
 import hashlib
 import json
 import os
-import sqlite3
 import sys
-import time
-import urllib.error
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -33,6 +29,7 @@ from eval import complete, find_model
 from model import load
 from plumbing.folder import find_folder, write_file, write_text
 from plumbing.posts import Post, load_posts
+from plumbing.server import Kept, Refused, connect
 from plumbing.significance import interval
 from squish import TEMPLATE, UNITS, allowance, fits, shorten, size, squish
 from task import (
@@ -49,34 +46,6 @@ from task import (
 
 PROMPT_VERSION = hashlib.sha256((REQUEST + TEMPLATES["tagged"] + TEMPLATES["notes"]).encode()).hexdigest()[:8]
 BASELINES = ("first", "reference", "other", "empty")
-WAIT, TRIES = 1.0, 5  # seconds before the second try, doubled each time; tries in all
-
-
-class Kept:
-    """A table on disk, key -> value. What is in there was written whole: sqlite takes care of kills and full disks."""
-
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.db = sqlite3.connect(path)
-            self.db.execute("CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value TEXT)")
-        except sqlite3.Error as e:
-            raise OSError(f"{path} cannot be used to keep summaries ({e}): delete it, or name another --cache.") from e
-
-    def get(self, *key):
-        row = self.db.execute("SELECT value FROM kept WHERE key = ?", (self.name(key),)).fetchone()
-        return None if row is None else json.loads(row[0])
-
-    def put(self, value, *key) -> None:
-        try:
-            with self.db:
-                self.db.execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", (self.name(key), json.dumps(value)))
-        except sqlite3.Error as e:
-            raise OSError(f"A summary could not be kept ({e}): free some space; what was kept before is safe.") from e
-
-    @staticmethod
-    def name(key: tuple) -> str:
-        return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
 def identity(name: str) -> str:
@@ -89,40 +58,8 @@ def identity(name: str) -> str:
 # --- who writes summaries ---------------------------------------------------------------------------------------------
 
 
-def from_server(url: str, model: str, system: str, user: str, max_tokens: int, temperature: float,
-                seed: int) -> str | None:
-    """One answer of a chat server, or None when it fails again and again. OSError when it cannot be reached, or will
-    never answer (wrong key, wrong model)."""
-    where = url.rstrip("/") + "/chat/completions"
-    body = {"model": model, "temperature": temperature, "max_tokens": max_tokens, "seed": seed,
-            "messages": [{"role": "system", "content": system}, {"role": "user", "content": user}]}
-    request = urllib.request.Request(where, json.dumps(body).encode(), {
-        "Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"})
-    reached, why = False, ""
-    for attempt in range(TRIES):
-        pause = WAIT * 2 ** attempt
-        try:
-            with urllib.request.urlopen(request, timeout=600) as answer:
-                return json.load(answer)["choices"][0]["message"]["content"] or ""
-        except urllib.error.HTTPError as e:
-            reached, why = True, f"HTTP {e.code} {e.read(300).decode(errors='replace').strip()}".splitlines()[0]
-            if e.code not in (408, 409, 425, 429) and e.code < 500:
-                raise OSError(f"{where} does not answer for the model {model} ({why}): check URL#NAME and "
-                              f"OPENAI_API_KEY.") from e
-            wanted = e.headers.get("Retry-After", "")
-            pause = min(60.0, float(wanted)) if wanted.replace(".", "", 1).isdigit() else pause
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
-            why = repr(e)  # dropped, timed out, or no such answer as was asked for
-            reached = reached or not isinstance(e, OSError)
-        if attempt + 1 < TRIES:
-            time.sleep(pause)
-    if not reached:
-        raise OSError(f"{where} cannot be reached ({why}): start the server, or leave the model out.")
-    return None
-
-
-def by_server(name: str, posts: list[Post], budget, config: Config, args, kept: Kept, n_tokens: int) -> dict:
-    """{(post index, sample): answer or None} of URL#NAME, several requests at a time."""
+def by_server(name: str, posts: list[Post], budget, config: Config, args, kept: Kept, n_tokens: int) -> tuple:
+    """-> ({(post index, sample): answer or None} of URL#NAME; why there is none to some, or None)."""
     url, _, model = name.partition("#")
     found, todo = {}, []
     for i, post in enumerate(posts):
@@ -132,26 +69,26 @@ def by_server(name: str, posts: list[Post], budget, config: Config, args, kept: 
             key = ("written", name, PROMPT_VERSION, budget, config.budget_unit, post.document, k, args.temperature,
                    n_tokens)
             found[i, k] = kept.get(*key)
-            if found[i, k] is None:
+            if not isinstance(found[i, k], str):
+                found[i, k] = None
                 todo.append((i, k, key, fill(REQUEST, post, target, unit)))
+    if not todo:
+        return found, None
+    server, why = connect(url, model, os.environ.get("OPENAI_API_KEY", "")), None
 
     def work(item):
         i, k, _, system = item
-        return from_server(url, model, system, posts[i].document, n_tokens, args.temperature, k)
+        return server.chat(system, posts[i].document, max_tokens=n_tokens, temperature=args.temperature, seed=k,
+                           close=CLOSE)
 
-    with ThreadPoolExecutor(args.jobs) as pool:
-        waiting = [(item, pool.submit(work, item)) for item in todo]
-        try:
-            for n, ((i, k, key, _), future) in enumerate(waiting, 1):
-                found[i, k] = future.result()
-                if found[i, k] is not None:  # a failure is not kept: next time it is asked again
-                    kept.put(found[i, k], *key)
-                progress(f"{name} @{budget}: {n} of {len(todo)}")
-        except BaseException:
-            for _, future in waiting:
-                future.cancel()
-            raise
-    return found
+    for n, ((i, k, key, _), answer) in enumerate(server.together(work, todo, args.jobs), 1):
+        if isinstance(answer, Refused):  # a failure is not kept: next time it is asked again
+            why = answer if why is None or answer.final else why  # rather what ended all than what spared one
+        else:
+            found[i, k] = answer
+            kept.put(answer, *key)
+        progress(f"{name} @{budget}: {n} of {len(todo)}")
+    return found, why
 
 
 def by_folder(name: str, posts: list[Post], budget, config: Config, args, kept: Kept, n_tokens: int) -> dict:
@@ -215,14 +152,17 @@ def measure(posts: list[Post], summaries: dict, budget, unit: str, scorers: list
 
 def score(name: str, posts: list[Post], budget, config: Config, args, scorers: list, kept: Kept) -> dict:
     """One row of the table: a model at a budget."""
-    tokenizer = scorers[0][2]
+    tokenizer, why = scorers[0][2], None
     if name in BASELINES:
         summaries = {(i, 0): s for i, s in enumerate(baseline(name, posts, budget, config, tokenizer))}
     else:
         n_tokens = completion_limit(tokenizer, posts, config)
         if "#" in name:
             n_tokens = args.max_new_tokens or max(1024, n_tokens)  # some think before they write
-            answers = by_server(name, posts, budget, config, args, kept, n_tokens)
+            answers, why = by_server(name, posts, budget, config, args, kept, n_tokens)
+            if why and (why.final or not any(answers.values())):  # a part would pass for the whole
+                return {"model": name, "budget": budget, "squish": None, "n": len(posts), "failed": 1.0,
+                        "why": str(why), "summaries": []}
             summaries = {at: None if s is None else extract(s, opened=False) for at, s in answers.items()}
         else:
             config = replace(config, template=args.template or find_model(name)[1].get("template", config.template))
@@ -241,7 +181,7 @@ def score(name: str, posts: list[Post], budget, config: Config, args, scorers: l
     failed = fmean(s is None for s in summaries.values())
     return {"model": name, "budget": budget, "squish": float(each.mean()), "low": low, "high": high, "n": len(posts),
             "coverage": 1 - failed - len(over) / len(summaries), "failed": failed, "over": len(over) / len(summaries),
-            "used": fmean(used or [0.0]),
+            "used": fmean(used or [0.0]), "why": str(why or ""),
             "summaries": [{"id": posts[i].id, "sample": k, "summary": s, "squish": values[i, k]}
                           for (i, k), s in summaries.items()]}
 
@@ -250,9 +190,14 @@ def table(rows: list[dict]) -> str:
     """Markdown, the best first at the smallest budget."""
     lines = ["| model | budget | SQUISH (95%) | coverage | failed | over budget | budget used |",
              "| --- | --- | --- | --- | --- | --- | --- |"]
-    for r in sorted(rows, key=lambda r: (r["budget"], -r["squish"])):
+    measured = [r for r in rows if r["squish"] is not None]
+    for r in sorted(measured, key=lambda r: (r["budget"], -r["squish"])):
+        why = f" ({r['why']})".replace("|", "/") if r.get("why") else ""
         lines.append(f"| {r['model']} | {r['budget']} | {r['squish']:.3f} ({r['low']:.3f}..{r['high']:.3f}) | "
-                     f"{r['coverage']:.0%} | {r['failed']:.0%} | {r['over']:.0%} | {r['used']:.0%} |")
+                     f"{r['coverage']:.0%} | {r['failed']:.0%}{why} | {r['over']:.0%} | {r['used']:.0%} |")
+    for r in rows:
+        if r["squish"] is None:
+            lines.append(f"| {r['model']} | {r['budget']} | not measured | | {r['why'].replace('|', '/')} | | |")
     return "\n".join(lines) + "\n"
 
 
@@ -307,6 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="runs/squish", help="folder of table.md, scores.jsonl and chart.png")
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="replace")  # as in train.py
+    connect.cache_clear()  # a server that was away may be back
     try:
         if min(args.n, args.samples, args.jobs) < 1 or args.temperature < 0:
             raise ValueError("--n, --samples and --jobs must be at least 1, --temperature at least 0.")
@@ -333,14 +279,18 @@ def main(argv: list[str] | None = None) -> int:
         text = table(rows)
         write_text(out / "table.md", text)
         write_text(out / "scores.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
-        draw(rows, out / "chart.png")
+        draw([r for r in rows if r["squish"] is not None], out / "chart.png")
     except (ValueError, OSError) as e:
         progress("")
         print(f"squish_benchmark: {e}", file=sys.stderr)
         return 1
     print(f"{len(posts)} documents of {args.data}, measured by {args.references}; failed and over budget counts "
           f"0.\n\n{text}\nSummaries and chart are in {out}.")
-    return 0
+    silent = {r["model"]: r["why"] for r in rows if r["squish"] is None}
+    for name, why in silent.items():
+        print(f"squish_benchmark: {name} could not be measured ({why}): mend that, or leave it out; what it has "
+              f"answered is kept. A server's models are URL#NAME, and OPENAI_API_KEY is its key.", file=sys.stderr)
+    return 1 if silent else 0
 
 
 if __name__ == "__main__":

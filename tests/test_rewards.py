@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import sys
 import threading
 import traceback
 from collections import Counter
@@ -28,6 +29,7 @@ from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 import metrics
 import rewards
+import train
 from metrics import (
     copy_rate,
     corpus_bleu,
@@ -689,6 +691,7 @@ def test_what_a_language_model_measures_is_handed_in():
 @pytest.fixture
 def server(monkeypatch):
     """A server of embeddings on this machine: [number of a's, number of b's], or whatever `answer` says."""
+    monkeypatch.setattr(pytest.importorskip("openai._base_client"), "INITIAL_RETRY_DELAY", 0.01)  # what it waits
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -699,7 +702,8 @@ def server(monkeypatch):
             asked.append((self.path, self.headers["Authorization"], body))
             data = [{"embedding": [text.count("a"), text.count("b")], "index": i}
                     for i, text in enumerate(body["input"])]
-            status, text = Handler.answer or (200, json.dumps({"data": data[::-1]}))  # in whatever order
+            said = Handler.answer(body, len(asked)) if callable(Handler.answer) else Handler.answer
+            status, text = said or (200, json.dumps({"data": data[::-1]}))  # in whatever order
             self.send_response(status)
             self.end_headers()
             self.wfile.write(text.encode())
@@ -708,7 +712,7 @@ def server(monkeypatch):
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
+        threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{http.server_port}/v1/")
         monkeypatch.setenv("OPENAI_API_KEY", "secret")
         monkeypatch.setenv("EMBEDDING_MODEL", "small")
@@ -746,15 +750,91 @@ def test_what_is_kept_of_a_server_is_bounded(server, monkeypatch):
         assert len(server_module._known) <= 3
 
 
-@pytest.mark.parametrize("answer", [(500, "no"), (200, "<html>"), (200, "{}"), (200, '{"data": []}'), (200, "[]"),
-                                    (200, '{"data": [{"embedding": null}]}')])
-def test_a_server_that_gives_no_vector_is_a_sentence(server, answer):
+def vectors(*each) -> tuple[int, str]:
+    return 200, json.dumps({"data": [{"embedding": vector} for vector in each]})
+
+
+@pytest.mark.parametrize("answer, why", [
+    ((500, "no"), "HTTP 500 no"), ((200, "<html>"), "<html>"), ((200, "{}"), "KeyError"), ((200, "[]"), "\\[\\]"),
+    ((200, '{"error": "no such page"}'), "no such page"), (vectors(), "0 vectors for 2 texts"),
+    (vectors([1.0]), "1 vectors for 2 texts"), (vectors(None, None), "TypeError"), (vectors([], []), "empty"),
+    (vectors([1.0, 2.0], [1.0, 2.0, 5.0]), "vectors of 2 and 3 numbers"), (vectors([1.0], [math.nan]), "not finite"),
+    ((401, "the key secret is wrong"), "HTTP 401 the key \\*\\*\\* is wrong")])
+def test_a_server_that_gives_no_vector_is_a_sentence_and_nothing_is_kept(server, answer, why):
     server[0].answer = answer
-    with pytest.raises(ConnectionError, match="no vectors from http://127.0.0.1.*/v1/embeddings .*OPENAI_BASE_URL"):
+    with pytest.raises(ConnectionError, match=f"no vectors from http://127.*/v1/embeddings .*{why}.*OPENAI_BASE_URL"):
         cosine_of("a", "b")
+    server[0].answer = None  # it is well again
+    assert cosine_of("a", "ab") == pytest.approx(0.5 ** 0.5)
 
 
-def test_no_server_is_a_sentence(monkeypatch):
+def test_vectors_of_another_size_than_those_that_are_kept_are_an_error(server):
+    assert cosine_of("a", "ab") == pytest.approx(0.5 ** 0.5)
+    server[0].answer = vectors([1.0, 2.0, 5.0])  # another model came to live there
+    with pytest.raises(ConnectionError, match="vectors of 2 and 3 numbers"):
+        cosine_of("b", "ab")
+
+
+@pytest.mark.parametrize("fault", [(503, "busy"), (429, "slow down"), (200, '{"data": [')])
+def test_a_fault_that_passes_costs_nothing(server, fault):
+    server[0].answer = lambda body, n: fault if n == 1 else None
+    assert cosine_of("a", "ab") == pytest.approx(0.5 ** 0.5) and len(server[1]) == 2
+
+
+@pytest.mark.parametrize("key", ["secret\n", "secret\u201d", "se cret"])
+def test_a_key_that_is_none_is_refused_and_not_shown(server, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ValueError, match="^OPENAI_API_KEY holds ") as caught:
+        cosine_of("a", "b")
+    assert "secret" not in str(caught.value) and not server[1]
+
+
+def test_a_run_whose_server_stays_away_ends_after_a_checkpoint_and_goes_on_when_it_is_back(
+        server, tmp_path, monkeypatch, capsys):
+    """Away in the middle of a step, in the evaluation at the end, and never: three runs, one result."""
+    monkeypatch.chdir(tmp_path)
+    settings = ["--stages", "embedding:4", "--prompts", "2", "--group", "2", "--target", "8", "--eval-posts", "2",
+                "--save-every", "9"]
+
+    def rows_of(name, *files):
+        return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "tokens_per_s")}
+                for file in files if Path(f"runs/{name}/{file}.jsonl").exists()
+                for line in Path(f"runs/{name}/{file}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    def run_that_loses_its_server(name, step, group):  # with this group of the next step, or in the evaluation
+        server_module._known.clear()
+        since = []
+
+        def answer(body, n):
+            since.extend([n] * (len(rows_of(name, "metrics")) == step))
+            return (503, "busy") if len(since) > group else None
+
+        server[0].answer = answer
+        assert train.main([*settings, "--run", name]) == 1
+        err = capsys.readouterr().err
+        assert f"All {step} steps are kept" in err and f"python train.py --run {name} --resume" in err
+        server[0].answer = None
+        assert train.main(["--resume", "--run", name]) == 0
+        assert f"Resumed after step {step}." in capsys.readouterr().out
+        return rows_of(name, "metrics", "eval")
+
+    assert train.main([*settings, "--run", "whole"]) == 0
+    whole = rows_of("whole", "metrics", "eval")
+    assert len(whole) == 4 + 2
+    assert run_that_loses_its_server("a", 3, 1) == whole
+    assert run_that_loses_its_server("b", 4, 0) == whole
+
+
+def test_half_a_character_can_be_sent(server):
+    assert cosine_of("a\ud83d", "ab") == pytest.approx(0.5 ** 0.5)
+
+
+def test_no_server_and_no_package_are_sentences(monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("openai._base_client"), "INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     with pytest.raises(ConnectionError, match="start a server there.*OPENAI_BASE_URL, OPENAI_API_KEY, EMBEDDING_MODEL"):
         cosine_of("nobody", "listens")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:10/v1")
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(OSError, match="pip install openai"):
+        cosine_of("nobody", "asks")

@@ -8,6 +8,7 @@ from helpers import byte_bpe, few, raw_config, refusal, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+import rollout
 import squish as sq
 from lora import add_lora
 from model import load, save
@@ -304,8 +305,35 @@ def test_the_summary_is_what_stands_before_the_closing_tag():
     assert extract("</summary>", opened=True) == "" and extract("", opened=True) is None
     assert extract("A cat.</summary", opened=True) is None
     assert extract("I think <summary>no <summary> A cat. </summary>", opened=False) == "A cat."
-    assert extract("I think</summary> <summary>A cat.</summary>", opened=False) is None  # it ended before it began
-    assert extract("<summary>A cat.", opened=False) is None
+    assert extract("I think</summary> <summary>A cat.</summary>", opened=False) == "A cat."
+    assert extract("<summary>A cat.", opened=False) is extract("A cat.</summary>", opened=False) is None
+
+
+NAMED = "It goes between <summary> and </summary>."  # what prompts say and thoughts repeat
+
+
+@pytest.mark.parametrize("text, summary", [
+    (f"{NAMED} <summary>A cat.</summary> I closed it with </summary>.", "A cat."),
+    (f"<think>\n{NAMED}\n</think>\n\n<summary>A cat.</summary>", "A cat."),
+    (f"{NAMED}</think><summary>A cat.</summary>", "A cat."),  # the prompt had begun the thoughts
+    (f"[THINK]{NAMED}[/THINK]A cat.", None), (f"{NAMED}</think>A cat.", None),
+    (f"<think>{NAMED} I", None),  # cut off while it thought
+])
+def test_tags_that_thoughts_name_are_no_summary(text, summary):
+    assert extract(text, opened=False) == summary
+
+
+def test_tags_that_thoughts_name_do_not_end_a_completion(monkeypatch):
+    """The sampler, made to say a text by heart: it stops where the answer closes its tag, and not in the thoughts."""
+    model, tokenizer = load(TINY)
+    for text, n in ((f"<think>{NAMED}</think> <summary>A cat.</summary>", 2), (NAMED, 1)):
+        ids = encode(tokenizer, text + " And so on.").ids
+        said = iter(ids)
+        monkeypatch.setattr(rollout, "draw", lambda logits, *_, said=said: (
+            torch.full((len(logits),), next(said)), torch.zeros(len(logits))))
+        group, = rollout.sample(model, [[5, 6]], 2, len(ids), tokenizer=tokenizer, stop_text="</summary>")
+        assert group.texts[0].count("</summary>") == n and "And" not in group.texts[0]
+        assert bool(group.stopped.all()) and (group.ending > 0).all()
 
 
 def test_the_format_penalty_is_below_everybody_by_the_spread():

@@ -20,6 +20,7 @@ import train
 from lora import load_adapters
 from model import Linear, load
 from plumbing.posts import TINY, Post, load_posts
+from plumbing.server import TRIES
 from rollout import sample
 from squish import cost, encode, shorten, squish
 from studies import squish_benchmark as benchmark
@@ -303,16 +304,22 @@ def test_documents_are_cut_before_anybody_sees_them(cwd):
 # --- the benchmark ----------------------------------------------------------------------------------------------------
 
 
+def chat(content, end="stop", **more) -> bytes:
+    return json.dumps({"choices": [{"message": {"content": content, **more}, "finish_reason": end}]}).encode()
+
+
 @pytest.fixture
 def server(monkeypatch):
     """A chat server on this machine. `answers` is a function from the request to (status, headers, text)."""
-    seen = SimpleNamespace(bodies=[], answer=None, together=0, most=0, lock=threading.Lock())
+    base_client = pytest.importorskip("openai._base_client")
+    seen = SimpleNamespace(bodies=[], keys=[], answer=None, together=0, most=0, lock=threading.Lock())
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with seen.lock:
                 seen.bodies.append(body)
+                seen.keys.append(self.headers["Authorization"])
                 seen.together += 1
                 seen.most = max(seen.most, seen.together)
                 n = sum(b["messages"] == body["messages"] for b in seen.bodies)
@@ -322,22 +329,22 @@ def server(monkeypatch):
             if status is None:
                 self.connection.close()
                 return
-            data = json.dumps({"choices": [{"message": {"content": text}}]}).encode() if status == 200 else \
-                text.encode()
+            data = text if isinstance(text, bytes) else chat(text) if status == 200 else text.encode()
             self.send_response(status)
-            for name, value in headers.items():
+            for name, value in {"Content-Length": str(len(data)), **headers}.items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
 
         def log_message(self, *_):
             pass
 
+    seen.handler = Handler
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
+    threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     seen.url = f"http://127.0.0.1:{http.server_port}/v1#some-model"
-    monkeypatch.setattr(benchmark, "WAIT", 0.01)
+    monkeypatch.setattr(base_client, "INITIAL_RETRY_DELAY", 0.01)  # of the package: what it waits, doubled each time
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-nobody")
     yield seen
     http.shutdown()
     http.server_close()
@@ -410,18 +417,6 @@ def test_a_fault_that_passes_is_waited_for(server, cwd, fault):
     assert rows[server.url]["failed"] == 0 and len(server.bodies) == 12
 
 
-def test_pauses_double_and_a_server_may_name_its_own(server, monkeypatch):
-    pauses = []
-    monkeypatch.setattr(benchmark, "WAIT", 1.0)
-    monkeypatch.setattr(benchmark.time, "sleep", pauses.append)
-    faults = [(500, {}, "no"), (429, {"Retry-After": "0.5"}, "slow down"), (503, {"Retry-After": "1e9"}, ""),
-              (503, {"Retry-After": "900"}, "")]
-    server.answer = lambda body, n: faults[n - 1] if n < 5 else (200, {}, "A summary.")
-    url, _, model = server.url.partition("#")
-    assert benchmark.from_server(url, model, "s", "u", 9, 0.0, 0) == "A summary."
-    assert pauses == [1.0, 0.5, 4.0, 60.0]  # what is no number of seconds is not believed, and a minute is the most
-
-
 def test_what_fails_for_good_counts_nothing_and_is_tried_again_next_time(server, cwd):
     """One document of four is never answered, one answer has no tags, one is over budget: the mean is over four."""
     posts = load_posts("tiny", "test")[:4]
@@ -438,21 +433,143 @@ def test_what_fails_for_good_counts_nothing_and_is_tried_again_next_time(server,
     assert row["squish"] == pytest.approx(good / 4, abs=1e-6)
     assert (row["failed"], row["over"], row["coverage"]) == (0.5, 0.25, 0.25)
     n = len(server.bodies)
-    assert n == benchmark.TRIES + 3
+    assert n == TRIES + 3
     server.answer = lambda body, n: (200, {}, first_words(body))
     row = {r["model"]: r for r in bench("--models", server.url)}[server.url]
     assert row["failed"] == 0.25 and len(server.bodies) == n + 1  # the one that failed, and no other
 
 
-def test_a_server_that_will_never_answer_is_a_sentence(server, cwd, capsys):
+def not_measured(capsys, *args) -> str:
+    """The sentence in which a benchmark ends that had no answer; the table says why as well, and others are in it."""
+    assert benchmark.main(["--n", "3", "--budgets", "0.3", "--models", *args]) == 1
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "sk-of-nobody" not in err + out
+    row = next(line for line in out.splitlines() if "not measured" in line)
+    assert err.split(" could not be measured (")[1].split("): mend that")[0].replace("|", "/") in row
+    rows = {r["model"]: r for r in lines(Path("runs/squish/scores.jsonl"))}
+    assert rows[args[0]]["squish"] is None and rows["first"]["squish"] > 0
+    return err
+
+
+@pytest.mark.parametrize("fault, why", [
+    ((401, {}, '{"error": {"message": "Incorrect API key: sk-of-nobody"}}'), "HTTP 401 Incorrect API key: ***"),
+    ((404, {}, json.dumps({"error": "no model 'some'"}, indent=2)), "HTTP 404 no model 'some'"),
+    ((429, {}, '{"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}'), "your quota"),
+    ((200, {}, b'{"error": "Unexpected endpoint or method."}'), "Unexpected endpoint"),
+    ((200, {}, b'data: {"choices": [{"delta": {"content": "a"}}]}\n\ndata: [DONE]\n\n'), "data: "),
+    ((200, {}, b"<html>sk-of-nobody | a"), "<html>*** | a"), ((200, {}, b"[]"), "[]"),
+    ((200, {}, b'{"choices": []}'), "choices"), ((200, {}, chat(None)), "an empty answer"),
+    ((200, {}, chat({"text": "A cat."})), "AttributeError"),
+    ((200, {}, chat([{"type": "text", "text": 3}])), "TypeError"),
+    ((200, {"Content-Length": "9999"}, chat("<summary>A cat")), "connection failed"),
+    ((200, {}, chat("<think>Long", "length")), "--max-new-tokens"),
+    ((200, {}, chat("", refusal="I will not.")), "I will not."),
+    ((503, {}, "busy"), "HTTP 503 busy"), ((None, {}, ""), "connection failed")])
+def test_a_server_that_only_errs_is_not_measured_and_the_table_says_why(server, cwd, capsys, monkeypatch, fault, why):
+    monkeypatch.setattr(benchmark, "draw", lambda *_: None)  # it takes longer than all the rest
+    server.answer = lambda body, n: fault
+    assert why in not_measured(capsys, server.url)
+    if fault[0] in (401, 404):
+        assert len(server.bodies) == 1  # what concerns all is not asked on and on
+    server.answer = lambda body, n: (200, {}, first_words(body))  # nothing broken was kept
+    assert bench("--models", server.url)[0]["failed"] == 0
+
+
+def test_a_server_that_is_not_there_or_has_no_url_is_a_sentence(server, cwd, capsys, monkeypatch):
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.01)
+    assert "cannot be reached" in not_measured(capsys, "http://127.0.0.1:9/v1#some-model")
+    server.answer = lambda body, n: (404, {}, "404 page not found")
+    assert "URLs end in /v1" in not_measured(capsys, server.url.replace("/v1", ""))
     args = ["--n", "2", "--models"]
-    server.answer = lambda body, n: (401, {}, "bad key")
-    assert "OPENAI_API_KEY" in refused(capsys, benchmark.main, *args, server.url) and len(server.bodies) <= 8
-    server.answer = lambda body, n: (200, {}, None)  # an empty answer is a missing summary
-    assert benchmark.main([*args, server.url]) == 0
-    capsys.readouterr()
-    nowhere = "http://127.0.0.1:9/v1#some-model"
-    assert "cannot be reached" in refused(capsys, benchmark.main, *args, nowhere)
+    for url in ("http://127.0.0.1:80x/v1#m", "localhost:11434/v1#m", "http://#m"):
+        assert "no server's URL" in refused(capsys, benchmark.main, *args, url)
+    secret = refused(capsys, benchmark.main, *args, "http://me:sk-of-nobody@127.0.0.1/v1#m")
+    assert "OPENAI_API_KEY" in secret and "sk-of-nobody" not in secret
+    monkeypatch.setitem(sys.modules, "openai", None)
+    assert "pip install openai" in refused(capsys, benchmark.main, *args, server.url)
+
+
+@pytest.mark.parametrize("ending, name", [("\n", "\\n"), ("\u201d", "\\u201d"), (" ", "' '")])
+def test_a_key_that_is_none_is_refused_by_the_variable_s_name(server, cwd, capsys, monkeypatch, ending, name):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-nobody" + ending)
+    err = refused(capsys, benchmark.main, "--n", "2", "--models", server.url)
+    assert "OPENAI_API_KEY" in err and name in err and "sk-of-nobody" not in err and not server.bodies
+
+
+def test_the_key_goes_to_its_server_and_nowhere_else(server, cwd, caplog):
+    """Another host that the server sends us to learns no key; and it is in no file and no log."""
+    caplog.set_level("DEBUG")
+    other = ThreadingHTTPServer(("127.0.0.1", 0), server.handler)
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    there = f"http://127.0.0.1:{other.server_port}/v1/chat/completions"
+    server.answer = lambda body, n: (200, {}, first_words(body)) if n % 2 == 0 else (307, {"Location": there}, "")
+    assert bench("--models", server.url)[0]["failed"] == 0
+    assert server.keys.count("Bearer sk-of-nobody") == server.keys.count(None) == 4
+    assert not [path for path in cwd.rglob("*") if path.is_file() and b"sk-of-nobody" in path.read_bytes()]
+    assert "sk-of-nobody" not in caplog.text
+    other.shutdown()
+    other.server_close()
+
+
+def test_one_refused_document_counts_as_failed_and_the_others_are_measured(server, cwd):
+    filtered = load_posts("tiny", "test")[0].document  # the first, so that nothing was answered before it
+    for fault in ((400, {}, '{"error": {"code": "content_filter", "message": "The response was filtered"}}'),
+                  (403, {}, "no"), (200, {}, chat("<summary>A c", "content_filter"))):
+        server.answer = lambda body, n, fault=fault: fault if body["messages"][1]["content"] == filtered else (
+            200, {}, first_words(body))
+        row = bench("--models", server.url, "--cache", f"{fault[0]}.sqlite")[0]
+        assert row["failed"] == 0.25 and row["squish"] > 0
+        assert "filter" in row["why"] or "403" in row["why"]
+        assert f"| 25% ({row['why']}) |" in Path("runs/squish/table.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name, refuses, says, instead", [
+    ("max_tokens", lambda b: "max_tokens" in b, "Unsupported parameter: max_tokens. Use max_completion_tokens instead.",
+     lambda b: b["max_completion_tokens"] == 1024),
+    ("seed", lambda b: "seed" in b, "Unknown name seed: cannot find field.", lambda b: b["max_tokens"] == 1024),
+    ("temperature", lambda b: "temperature" in b, "'temperature' does not support 0 with this model", lambda b: True),
+    ("system role", lambda b: b["messages"][0]["role"] == "system", "System role not supported",
+     lambda b: [m["role"] for m in b["messages"]] == ["user"] and "about" in b["messages"][0]["content"])])
+def test_what_a_server_does_not_take_is_asked_in_the_way_it_takes(server, cwd, capsys, name, refuses, says, instead):
+    error = json.dumps({"error": {"message": says, "type": "invalid_request_error"}}, indent=2)
+    server.answer = lambda body, n: (400, {}, error) if refuses(body) else (200, {}, "<summary>A cat.</summary>")
+    rows = bench("--models", server.url, "--budgets", "0.3,0.5")
+    assert rows[0]["failed"] == rows[1]["failed"] == 0
+    assert len(server.bodies) == 1 + 8 and all(map(instead, server.bodies[1:]))  # refused once, and never again
+    assert f"takes no {name}" in capsys.readouterr().err
+
+
+def test_a_server_may_refuse_several_things_and_then_the_document(server, cwd, capsys):
+    server.answer = lambda body, n: (422, {}, "no max_tokens") if "max_tokens" in body else (
+        422, {}, "no seed") if "seed" in body else (422, {}, "no such documents")
+    assert "no max_tokens; and without max_tokens: HTTP 422 no seed; and without seed: HTTP 422 no such documents" in \
+        not_measured(capsys, server.url)
+
+
+@pytest.mark.parametrize("content, summary", [
+    ([{"type": "thinking", "thinking": [{"type": "text", "text": "<summary>Hm.</summary>"}]},
+      {"type": "text", "text": "<summary>A cat.</summary>"}], "A cat."),
+    ("<think>\nBetween <summary> and </summary>.\n</think>\n\n<summary>A cat.</summary>", "A cat."),
+    ("<summary>A cat \ud83d</summary>", "A cat \ufffd"), ("<summary>A cat \ud83d\ude00</summary>", "A cat \U0001f600")])
+def test_what_is_judged_of_an_answer(server, cwd, content, summary):
+    server.answer = lambda body, n: (200, {}, chat(content, reasoning_content="<summary>Hm.</summary>"))
+    for _ in ("asked", "kept"):
+        assert {s["summary"] for s in bench("--models", server.url)[0]["summaries"]} == {summary}
+    assert len(server.bodies) == 4
+
+
+def test_an_answer_that_breaks_once_is_asked_for_again(server, cwd):
+    broken = (200, {}, b'{"choices": [{"mess')
+    server.answer = lambda body, n: broken if n == 1 else (200, {}, first_words(body))
+    assert bench("--models", server.url)[0]["failed"] == 0 and len(server.bodies) == 8
+
+
+def test_a_server_that_goes_away_in_the_middle_is_not_measured_but_what_it_said_is_kept(server, cwd, capsys):
+    server.answer = lambda body, n: (200, {}, first_words(body)) if len(server.bodies) < 3 else (402, {}, "pay")
+    assert "HTTP 402 pay" in not_measured(capsys, server.url, "--jobs", "1")
+    asked = len(server.bodies)
+    server.answer = lambda body, n: (200, {}, first_words(body))
+    assert bench("--models", server.url)[0]["failed"] == 0 and len(server.bodies) == asked + 2
 
 
 def test_a_model_that_was_trained_again_is_another_model(tmp_path, cwd):
