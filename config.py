@@ -39,8 +39,11 @@ class Config:
     data: str = flag("tiny", "posts to train on: tiny, a folder with train.jsonl, a .jsonl, .csv, .json or .parquet "
                              "file, or a hub data set such as mlabonne/smoltldr")
     eval_data: str = flag("", "held-out posts; empty: the data's own val or test split, else a tenth of the data")
+    split: str = flag("", "which split to train on, where it is not called train")
+    document_field: str = flag("", "field that holds the text, where its name is not guessed")
+    summary_field: str = flag("", "field that holds the summary, where its name is not guessed")
     max_posts: int = flag(0, "take only the first so many posts of the data and of the held-out data; 0: all")
-    min_chars: int = flag(0, "leave out posts of fewer characters")
+    min_chars: int = flag(0, "leave out posts of fewer characters; from 1 on also rows without a text")
     stages: tuple[str, ...] = flag(("length:40", "rouge_l+3*length:180"), "one or more REWARD:STEPS, run in order")
     stage_ref: str = flag("start", "the model that the KL holds to: the run's first, or the last of the previous stage",
                           choices=("start", "previous"))
@@ -128,6 +131,12 @@ def parse_stages(texts: tuple[str, ...]) -> list[Stage]:
 def reward_names(stages: list[Stage]) -> set[str]:
     """The names of all rewards that any stage pays."""
     return {name for stage in stages for name in stage.reward.names}
+
+
+def reading(c: Config) -> dict:
+    """How posts are read: which rows count, and what their fields are called."""
+    return {"max_posts": c.max_posts, "min_chars": c.min_chars, "document": c.document_field or None,
+            "reference": c.summary_field or None}
 
 
 def parse_budgets(text: str) -> list[float | int]:

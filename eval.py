@@ -3,7 +3,9 @@
     python eval.py tiny runs/tiny-1            # any mix of model folders and runs, one row each
 
 The training loop calls `evaluate` before, between and after its stages, on validation posts; this command takes the
-test posts. Greedy means the likeliest token at each step. There is no chance in it, so two models can be compared on
+test posts, or those that the run held out where there are no others. It reads a run's posts as the run read them:
+fields, shortest and longest posts, where documents are cut. So --split val, or a run on one file, gives the run's last
+line again. Greedy means the likeliest token at each step. There is no chance in it, so two models can be compared on
 few posts; but it is not what GRPO trains, which is the mean over what the policy samples. Greedy summaries are usually
 the better ones.
 
@@ -14,24 +16,27 @@ price. Then read summaries (--show 5): numbers do not say what changed.
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from statistics import fmean, pstdev
 
-from config import Config, parse_stages, reward_names
+from config import Config, parse_stages, reading, reward_names
 from metrics import bleu, copy_rate, distinct, meteor, repetition, rouge_l, templated
 from model import load
 from plumbing.folder import read_json
-from plumbing.posts import TINY, Post, has_splits, load_posts, load_split
-from rewards import NEED_MODEL
+from plumbing.hub import VALIDATION
+from plumbing.posts import TINY, Post, has_splits, load_posts, load_split, posts_that_fit, say_differences
+from rewards import NEED_MODEL, NEED_REFERENCE
 from rollout import Group, sample
-from squish import fits, size
+from squish import fits, shorten, size
 from task import (
     CLOSE,
     budgets_of,
     choose_template,
     completion_limit,
     content_lengths,
+    describe_goal,
     has_tag,
     make_task,
     read_answer,
@@ -46,6 +51,29 @@ COLUMNS = (("n", "n", 5, "{}"), ("length", "length", 6, "{:.1f}"), ("length_std"
            ("meteor", "METEOR", 7, "{:.3f}"), ("bleu", "BLEU", 6, "{:.3f}"), ("distinct", "distinct", 8, "{:.3f}"),
            ("copy_rate", "copied", 7, "{:.1%}"), ("stopped", "stopped", 8, "{:.1%}"), ("over", "over", 6, "{:.1%}"),
            ("missing", "missing", 7, "{:.1%}"), ("reward", "reward", 7, "{:.3f}"))
+# Settings of a run that the command may say anew: {field of Config: what its flag means}.
+OWN = {"max_new_tokens": "where a summary is cut; 0: twice the target", "template": "prompt template",
+       "document_field": "field that holds the text", "summary_field": "field that holds the summary",
+       "min_chars": "leave out posts of fewer characters; from 1 on also rows without a text",
+       "max_document": "cut documents to this many tokens", "max_prompt": "leave out posts of longer prompts"}
+
+
+def fit_posts(model, tokenizer, splits: Sequence[Sequence[Post]], config) -> list[tuple[list[Post], list[list[int]]]]:
+    """Splits as they were read -> for each (the posts that fit, the longest prompt that each of them may get).
+
+    Documents are cut to --max-document, prompts beyond --max-prompt left out, what then does not fit is refused. And
+    where nobody says how long a completion may be, config.max_new_tokens is set. Training and evaluation share this.
+    """
+    if config.max_document:
+        splits = [[replace(post, document=shorten(tokenizer, post.document, config.max_document)) for post in posts]
+                  for posts in splits]
+    config.max_new_tokens = max(completion_limit(tokenizer, posts, config) for posts in splits)
+
+    def longest_prompt(post: Post) -> list[int]:
+        return max((make_task(tokenizer, post, config, budget).prompt for budget in budgets_of(config)), key=len)
+
+    return [posts_that_fit(posts, longest_prompt, max_prompt=config.max_prompt, new_tokens=config.max_new_tokens,
+                           context=model.config.max_position_embeddings) for posts in splits]
 
 
 def complete(model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int, stop_text: str = "",
@@ -91,7 +119,7 @@ def evaluate(model, tokenizer, posts: Sequence[Post], config, scorers: Sequence 
         rows += found
     # Without budgets there is one set of numbers. With them, the plain name is the mean over all, and each budget's own
     # number stands beside it.
-    result = {"n": len(posts)}
+    result = {"n": len(posts), "compared": sum(bool(post.reference) for post in posts)}
     for name in next(iter(results.values())):
         result[name] = fmean(means[name] for means in results.values())
         if None not in results:
@@ -157,16 +185,32 @@ def config_of(run: dict, args: argparse.Namespace) -> Config:
     config = replace(Config(**own), stages=tuple(own.get("stages", Config.stages)))
     if args.target:  # another target needs another cut: a summary cut at the target would count as on target
         config = replace(config, target=args.target, max_new_tokens=0)
-    return replace(config, max_new_tokens=args.max_new_tokens or config.max_new_tokens,
-                   template=args.template or config.template)
+    if args.data:  # what the run's own data call their fields says nothing about others
+        config = replace(config, document_field="", summary_field="", max_posts=0)
+    said = {name: value for name in OWN if (value := getattr(args, name)) is not None}
+    return replace(config, **said)
 
 
-def posts_of(config: Config, args: argparse.Namespace) -> list[Post]:
-    """The posts that are asked for, as they are; else the run's own test posts, or what it held out of its file."""
-    data = args.data or config.eval_data or config.data
-    if args.data or config.eval_data or has_splits(data):
-        return load_posts(data, args.split, max_posts=args.n or config.max_posts, min_chars=config.min_chars)
-    return load_split(data, "", config.max_posts, config.min_chars)[1][:args.n]  # the part of the file held out
+def posts_of(config: Config, args: argparse.Namespace) -> tuple[list[Post], int | None]:
+    """-> (test posts: those that are asked for, or the run's own; how many of those that fit are measured, None: all).
+
+    Never a post that the run has learnt from, unless it is asked for by name. Where there is no test split, they are
+    the posts that the run itself held out, as many as it measured: its last line comes again, to the digit.
+    """
+    how = reading(config)
+    # How many are read of other posts than the run's own is a matter of this command. Of its own, those that did not
+    # fit were left out before they were counted.
+    if args.data:
+        return load_posts(args.data, args.split or "test", **how | {"max_posts": args.n or 0}), None
+    if has_splits(config.data) and not config.eval_data:
+        if args.split in VALIDATION:
+            return load_posts(config.data, args.split, **how), args.n or config.eval_posts
+        if args.split:
+            return load_posts(config.data, args.split, **how | {"max_posts": args.n or config.max_posts}), None
+        if config.split != "test":
+            with suppress(FileNotFoundError):
+                return load_posts(config.data, "test", **how | {"max_posts": args.n or config.max_posts}), None
+    return load_split(config.data, config.eval_data, split=config.split, **how)[1], args.n or config.eval_posts
 
 
 def scorers_of(config: Config) -> list:
@@ -179,24 +223,44 @@ def scorers_of(config: Config) -> list:
     return [load(TINY if name == "tiny" else name) for name in (config.references or config.model).split(",") if name]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command -> its exit code: a table with a row for each model; what a user can mend is one sentence."""
+def read_command(argv: list[str] | None) -> argparse.Namespace:
+    """The command's flags. None: as the run had it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("models", nargs="+", metavar="RUN_OR_MODEL", help="a run, a model folder, or 'tiny'")
     parser.add_argument("--data", help="posts: tiny, a folder, a file or a hub data set (default: the run's own, "
                                        "or tiny)")
-    parser.add_argument("--split", default="test", help="which split of a folder or hub data set (default: test)")
+    parser.add_argument("--split", help="which split of a folder or hub data set (default: test, or what the run held "
+                                        "out where there is none)")
     parser.add_argument("--target", type=int, help="wanted length in tokens (default: the run's own, or 30)")
-    parser.add_argument("--max-new-tokens", type=int, default=0, help="where a summary is cut (0: twice the target)")
-    parser.add_argument("--template", default="", help="prompt template (default: the run's own, or what fits)")
+    for name, what in OWN.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=type(getattr(Config, name)),
+                            help=f"{what} (default: the run's own)")
     parser.add_argument("--n", type=int, help="only the first N posts")
     parser.add_argument("--show", type=int, default=0, help="print this many summaries of each model")
     args = parser.parse_args(argv)
     if args.n is not None and args.n < 1 or args.target is not None and args.target < 1:
         parser.error("--n and --target must be at least 1")
-    sys.stdout.reconfigure(errors="replace")  # as in train.py
+    if any(isinstance(value, int) and value < 0 for value in vars(args).values()):
+        parser.error("no number can be negative")
+    return args
+
+
+def say_row(name: str, r: dict, posts: Sequence[Post], n_shown: int) -> None:
+    """A row of the table, and the first summaries."""
+    cells = [form.format(r[key]) if key in r else "-" for key, _, _, form in COLUMNS]
+    print(f"{name:32}" + "".join(f"{cell:>{w + 1}}" for cell, (_, _, w, _) in zip(cells, COLUMNS)), flush=True)
+    for row, post in zip(r["summaries"][:n_shown], posts):
+        print(f"    {row['id']}: {row['summary']!r} ({row['length']} tokens)\n    for {post.reference!r}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command -> its exit code: a table with a row for each model; what a user can mend is one sentence."""
+    # A console that cannot show "±" or an emoji should not end the command, not even --help.
+    sys.stdout.reconfigure(errors="replace")
+    args = read_command(argv)
     print(f"{'model':32}" + "".join(f"{title:>{width + 1}}" for _, title, width, _ in COLUMNS))
+    measured, comparing = {}, False
     try:
         for name in args.models:
             folder, run = find_model(name)
@@ -204,12 +268,20 @@ def main(argv: list[str] | None = None) -> int:
             model, tokenizer = load(folder)  # in float32, whatever the folder holds
             if tokenizer is None:
                 raise ValueError(f"{folder} has no tokenizer.json, so its tokens cannot be read.")
-            posts = posts_of(config, args)
+            names = reward_names(parse_stages(config.stages))
+            config.template = config.template or choose_template(model, tokenizer, names)
+            # Documents are cut and posts left out as in the run: else it would be measured on texts it never saw.
+            posts, limit = posts_of(config, args)
+            (posts, _), = fit_posts(model, tokenizer, [posts], config)
+            if not (posts := posts[:limit]):
+                raise ValueError(f"No post of {args.data or config.data} has a prompt of at most {config.max_prompt} "
+                                 f"tokens: raise --max-prompt.")
             r = evaluate(model, tokenizer, posts, config, scorers_of(config))
-            cells = [form.format(r[key]) if key in r else "-" for key, _, _, form in COLUMNS]
-            print(f"{name:32}" + "".join(f"{cell:>{w + 1}}" for cell, (_, _, w, _) in zip(cells, COLUMNS)), flush=True)
-            for row, post in zip(r["summaries"][:args.show], posts):
-                print(f"    {row['id']}: {row['summary']!r} ({row['length']} tokens)\n    for {post.reference!r}")
+            say_row(name, r, posts, args.show)
+            task = f"{args.data or config.eval_data or config.data}, {describe_goal(config)}"
+            measured[name] = (task, posts)
+            comparing = comparing or not NEED_REFERENCE.isdisjoint(names)
+        say_differences(measured, comparing)
     except (ValueError, OSError) as e:
         print(f"eval.py: {e}", file=sys.stderr)
         return 1

@@ -29,7 +29,7 @@ from metrics import distinct, repetition, templated
 from model import Transformer
 from plumbing.posts import Post, load_posts
 from plumbing.thoughts import without_thoughts
-from rewards import NEED_MODEL, Reward
+from rewards import NEED_MODEL, NEED_REFERENCE, Reward
 from rollout import Group
 from squish import allowance, cost, encode, ensemble, fits, size
 
@@ -200,10 +200,12 @@ def completion_limit(tokenizer: Tokenizer, posts: Sequence[Post], config: Config
         return config.max_new_tokens
     limit = 2 * config.target
     if has_budget(config.template):
-        longest = max(posts, key=lambda post: len(post.document)).document
-        most = max(allowance(tokenizer, longest, budget, config.budget_unit) for budget in budgets_of(config))
-        if config.budget_unit == "chars":
-            most *= len(encode(tokenizer, longest).ids) / len(longest)  # tokens a character
+        most = 0.0
+        for document in {post.document for post in posts}:
+            room = max(allowance(tokenizer, document, budget, config.budget_unit) for budget in budgets_of(config))
+            if config.budget_unit == "chars":  # a language may take many tokens for few characters
+                room *= len(encode(tokenizer, document).ids) / len(document)
+            most = max(most, room)
         limit = math.ceil(1.5 * most)
     return limit + 16 if has_tag(config.template) else limit  # room for the closing tag
 
@@ -254,10 +256,13 @@ def score(groups: Sequence[Group], tasks: Sequence[Task], reward: Reward, config
     for group, task in zip(groups, tasks):
         summaries.append(score_group(group, task, reward, config, scorers))
         lengths.append(content_lengths(group))
-    line = {"reward": fmean(value for group in groups for value in group.rewards),
+    # What compares is a mean over the posts that have a summary of their own, where there are any.
+    compares = not NEED_REFERENCE.isdisjoint(reward.names)
+    paid = [group for group, task in zip(groups, tasks) if task.post.reference or not compares] or groups
+    line = {"reward": fmean(value for group in paid for value in group.rewards),
             "reward_std": fmean(float(np.std(group.rewards, ddof=min(1, len(group.rewards) - 1))) for group in groups)}
     for name in reward.names:
-        line[f"reward/{name}"] = fmean(value for group in groups for value in group.parts[name])
+        line[f"reward/{name}"] = fmean(value for group in paid for value in group.parts[name])
     return {**line, "length": fmean(n for group in lengths for n in group),
             **on_target(summaries, lengths, tasks, config, tokenizer),
             "distinct": fmean(map(distinct, summaries)),

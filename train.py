@@ -15,15 +15,14 @@ Shapes: B prompts (posts) a step, G completions of each, P prompt tokens.
 import copy
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import grpo
 import task
-from config import Config, Stage, check, parse_stages, reward_names
-from eval import evaluate
+from config import Config, Stage, check, parse_stages, reading, reward_names
+from eval import evaluate, fit_posts
 from lora import add_lora, merge_lora, save_adapters
 from model import Cache, load, pad, save
 from plumbing import memory
@@ -34,10 +33,9 @@ from plumbing.curves import draw_curves
 from plumbing.device import Lies, check_device
 from plumbing.exploded import remedy
 from plumbing.log import Log
-from plumbing.posts import TINY, Post, load_split, posts_that_fit
+from plumbing.posts import TINY, Post, load_split, say_references
 from rewards import NEED_MODEL, NEED_REFERENCE
 from rollout import Group, sample
-from squish import shorten
 
 
 def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
@@ -189,26 +187,12 @@ def choose_posts(config: Config, stages: list[Stage], model, tokenizer) -> tuple
         if task.has_budget(config.template) and name != unit_of[config.budget_unit]:
             raise ValueError(f"--stages: '{name}' does not go with budgets of {config.budget_unit}: take "
                              f"{unit_of[config.budget_unit]}, whose target is then the budget.")
-    splits = load_split(config.data, config.eval_data, config.max_posts, config.min_chars)
-    if config.max_document:
-        splits = [[replace(post, document=shorten(tokenizer, post.document, config.max_document)) for post in posts]
-                  for posts in splits]
-    config.max_new_tokens = max(task.completion_limit(tokenizer, posts, config) for posts in splits)
-
-    def longest_prompt(post: Post) -> list[int]:
-        return max((task.make_task(tokenizer, post, config, budget).prompt for budget in task.budgets_of(config)),
-                   key=len)
-
-    (posts, prompts), (held_out, _) = (
-        posts_that_fit(posts, longest_prompt, max_prompt=config.max_prompt, new_tokens=config.max_new_tokens,
-                       context=model.config.max_position_embeddings) for posts in splits)
+    splits = load_split(config.data, config.eval_data, split=config.split, **reading(config))
+    (posts, prompts), (held_out, _) = fit_posts(model, tokenizer, splits, config)
     if len(posts) < config.prompts or not held_out:
         raise ValueError(f"{len(posts)} posts to train on and {len(held_out)} held out are too few for batches "
                          f"of {config.prompts}: give more posts, lower --prompts or raise --max-prompt.")
-    compared = sorted(names & NEED_REFERENCE)
-    if compared and not any(post.reference for post in posts):
-        raise ValueError(f"{config.data} has no summaries for {', '.join(compared)} to compare with: call their field "
-                         f"'summary', or train with --stages length:N or squish:N.")
+    say_references(posts, held_out, sorted(names & NEED_REFERENCE), config.data)
     return posts, held_out[:config.eval_posts], sorted(prompts, key=len)[-config.prompts:]
 
 

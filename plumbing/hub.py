@@ -36,11 +36,13 @@ def spellings(split: str) -> list[str]:
     return [split, *(name for name in VALIDATION if split in VALIDATION and name != split)]
 
 
-def fetch(source: str, split: str, limit: int, counts: Callable[[dict], bool], note: str = "") -> Path:
+def fetch(source: str, split: str, limit: int, counts: Callable[[dict], bool | None], note: str = "",
+          advice: str = "") -> Path:
     """`owner/name` or `owner/name/config` -> the local .jsonl.gz with its rows that count, streamed if it is not there.
 
-    limit: stop when there are so many (0: the whole split). `counts(row)` says which count, and `note` says it in the
-    file's name. Raises FileNotFoundError for a split that is not there, else OSError or ValueError, with a sentence.
+    limit: stop when there are so many (0: the whole split). `counts(row)` says which count (None: does not, but is
+    kept), and `note` says it in the
+    file's name. Raises FileNotFoundError for a split that is not there, with `advice`, else OSError or ValueError.
     """
     folder = Path(os.environ.get("CRISP_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "crisp"))
     stem = str(folder.expanduser() / source.replace("/", "--"))
@@ -51,8 +53,7 @@ def fetch(source: str, split: str, limit: int, counts: Callable[[dict], bool], n
     names = list(json.loads(known.read_text(encoding="utf-8")))
     found = next((name for name in spellings(split) if name in names), None)
     if found is None:
-        raise FileNotFoundError(f"{source} has no split '{split}': it has {', '.join(names)}. Take one of "
-                                f"those, or hold out other posts with --eval-data.")
+        raise FileNotFoundError(f"{source} has no split '{split}', it has {', '.join(names)}: {advice}.")
     path = Path(f"{stem}--{found}{f'-first-{limit}' if limit else ''}{note.replace('/', '-')}.jsonl.gz")
     for kept in (Path(f"{stem}--{found}.jsonl.gz"), path):  # the whole split serves every limit
         if kept.exists():
@@ -85,16 +86,29 @@ def open_splits(source: str) -> dict:
                 time.sleep(wait)
 
 
-def stream(source: str, splits: dict, split: str, limit: int, counts: Callable[[dict], bool]) -> list[dict]:
-    """The rows that count, up to `limit` of them. Each has an id: its own, or its number in the split."""
+def stream(source: str, splits: dict, split: str, limit: int, counts: Callable[[dict], bool | None]) -> list[dict]:
+    """The rows that count, up to `limit` of them. Each has an id: its own, or its number in the split.
+
+    Those between them that do not count but are kept (None) are there too.
+    """
     from tqdm import tqdm
     files = splits[split].num_shards if split in splits else 0
     if files > MANY_FILES and not limit:
-        raise ValueError(f"{source} {split} is {files} large files: say how many posts you want, --max-posts 1000.")
+        raise ValueError(f"{source} {split} is {files} large files: say how many posts you want, --max-posts 1000 "
+                         f"(in eval.py --n 1000).")
     with calm(source):
-        wanted = ((number, row) for number, row in enumerate(splits[split], 1) if counts(row))
-        bar = tqdm(islice(wanted, limit or None), f"{source} {split}", limit or None, unit=" posts", disable=None)
-        return [row if row.get("id") is not None else {**row, "id": number} for number, row in bar]
+        kept = []
+
+        def wanted():
+            for number, row in enumerate(splits[split], 1):
+                if (verdict := counts(row)) is not False:
+                    kept.append(row if row.get("id") is not None else {**row, "id": number})
+                if verdict:
+                    yield number
+
+        for _ in tqdm(islice(wanted(), limit or None), f"{source} {split}", limit or None, unit=" posts", disable=None):
+            pass
+        return kept
 
 
 @contextmanager
@@ -125,7 +139,10 @@ def explain(error: Exception, source: str) -> Exception:
     from datasets import config, exceptions, get_dataset_config_names
     from huggingface_hub.errors import RepositoryNotFoundError
     if not (named := NAME.fullmatch(source)):
-        return ValueError(f"{source} cannot be read ({says(error)}): mend it, or write a .jsonl file.")
+        advice = "mend it, or write a .jsonl file"
+        if source.endswith(".zst") and "zst" in says(error):
+            advice = "pip install zstandard, or unpack it with 'zstd -d'"
+        return ValueError(f"{source} cannot be read ({says(error)}): {advice}.")
     name, part = named.groups()
     if isinstance(error, ValueError):
         with suppress(Exception):  # we were only asking

@@ -167,7 +167,8 @@ def describe(r: dict) -> str:
         said = [paid(r), f"{r['within_10pct']:.0%} within ±10% of the target, {r['within_2']:.0%} within ±2 tokens",
                 f"length {r['length']:.1f} ± {r['length_std']:.1f}"]
     if "rouge_l" in r:
-        said.append(f"ROUGE-L {r['rouge_l']:.3f}, METEOR {r['meteor']:.3f}, BLEU {r['bleu']:.3f}")
+        some = f" of {r['compared']} posts with a reference" if r.get("compared", r["n"]) < r["n"] else ""
+        said.append(f"ROUGE-L {r['rouge_l']:.3f}, METEOR {r['meteor']:.3f}, BLEU {r['bleu']:.3f}{some}")
     return "; ".join([*said, f"distinct {r['distinct']:.2f}"])
 
 

@@ -3,9 +3,10 @@
 import glob
 import gzip
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +14,19 @@ from plumbing import hub
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"  # the embedded model and its posts
 
-# The names under which the usual data sets keep the two texts, in the order in which they are looked for.
-DOCUMENT_FIELDS = ("document", "post", "prompt", "article", "text", "body", "content")
-REFERENCE_FIELDS = ("reference", "summary", "completion", "tldr", "highlights")
-
+# The names under which the usual data sets keep the two texts, in the order in which they are looked for. `content`
+# goes before `body`, in which the TL;DR corpus keeps text and answer, and a text before the instruction beside it.
+DOCUMENT_FIELDS = ("document", "article", "dialogue", "post", "report", "text", "content", "body", "documents",
+                   "transcript", "input", "prompt", "instruction")
+REFERENCE_FIELDS = ("reference", "summary", "highlights", "abstract", "tldr", "completion", "output")
 
 # Files that `datasets` reads; its readers, and what to tell them: a "NA" or "null" in a CSV file is a text like others.
 ENDINGS = (".csv", ".parquet", ".json", ".csv.gz", ".json.gz", ".csv.zst", ".json.zst", ".jsonl.zst")
+FORMS = {  # what other files begin with
+    b"\xff\xfe": "it is UTF-16: save it as UTF-8", b"\xfe\xff": "it is UTF-16: save it as UTF-8",
+    b"PAR1": "it is Parquet: call it .parquet", b"\x28\xb5\x2f\xfd": "it is zst: call it .jsonl.zst",
+    b"\x1f\x8b": "it is gzip: call it .jsonl.gz", b"PK": "it is a zip or a spreadsheet: unpack it, or save it as .csv",
+    b"version https://git-lfs": "it is a Git LFS pointer, and not the file: fetch that with 'git lfs pull'"}
 READERS = {"csv": {"keep_default_na": False, "na_filter": False}, "parquet": {}, "json": {}}
 
 
@@ -33,7 +40,7 @@ class Post:
 
 
 def load_posts(source: str | Path, split: str = "train", document: str | None = None, reference: str | None = None,
-               max_posts: int = 0, min_chars: int = 0) -> list[Post]:
+               max_posts: int = 0, min_chars: int = 0, advice: str = "name one with --split") -> list[Post]:
     """`tiny`, one file (whatever the split), a folder with a file `SPLIT.jsonl` or the like in it, or a data set of
     the hub, `owner/name` or `owner/name/config`, which is fetched once -> posts.
 
@@ -41,40 +48,54 @@ def load_posts(source: str | Path, split: str = "train", document: str | None = 
     `document` and `reference` name the fields where they are not among the usual ones. Only posts whose document has at
     least `min_chars` characters, and of them the first `max_posts` (0: all).
     Raises OSError or ValueError with file and line for whatever cannot be read: a post left out silently would shift
-    every batch after it.
+    every batch after it. Rows without a text (null, NaN, blank) are left out under `min_chars`, and their number said.
+    `advice`: what to do where there is no such split.
     """
     path = TINY if str(source) == "tiny" else Path(source).expanduser()
     if on_hub(source):
-        def counts(row: dict) -> bool:
-            text = row.get(document or next((f for f in DOCUMENT_FIELDS if f in row), None))
+        def counts(row: dict) -> bool | None:
+            text = row.get(fields_of(row, document, reference)[0])
+            if is_blank(text) and min_chars:
+                return None  # kept, to be counted below
             return not isinstance(text, str) or len(text.strip()) >= min_chars  # what is no text is named below
 
         note = f"-min-{min_chars}" + f"-of-{document}" * bool(document) if min_chars else ""
-        path = hub.fetch(str(source), split, max_posts, counts, note)
+        path = hub.fetch(str(source), split, max_posts, counts, note, advice)
     if path.is_dir():
-        path = find_split(path, split)
+        path = find_split(path, split, advice)
     if not path.exists():
         raise FileNotFoundError(f"There is no {path}: --data takes 'tiny', a folder with train.jsonl and test.jsonl, "
                                 f"a .jsonl, .csv, .json or .parquet file, or a data set of the hub, owner/name.")
-    posts = []
+    posts, blank = [], []
     with closing(rows_of(path)) as rows:
         for where, number, row in rows:
-            post = _post(row, f"{path} {where} {number}", number, document, reference, min_chars)
-            posts += [post] if post else []
+            at = f"{path} {where} {number}"
+            text, summary = texts_of(row, at, document, reference)
+            if is_blank(text):
+                blank.append(no_text(row, at, document, reference))
+                if not min_chars:
+                    raise ValueError(blank[0])
+            elif len(text.strip()) >= min_chars:
+                posts.append(Post(text.strip(), summary.strip(), str(row.get("id", number))))
             if max_posts and len(posts) == max_posts:
                 break
     if not posts:
-        raise ValueError(f"{path} holds no posts{f' of at least {min_chars} characters' if min_chars else ''}.")
+        raise ValueError(blank[0] if blank else
+                         f"{path} holds no posts{f' of at least {min_chars} characters' if min_chars else ''}.")
+    if blank:
+        print(f"{path}: rows without a text, left out: {len(blank):,}; posts: {len(posts):,}.",
+              file=sys.stderr, flush=True)
     return posts
 
 
-def find_split(folder: Path, split: str) -> Path:
+def find_split(folder: Path, split: str, advice: str) -> Path:
     """The file of a split: of its spellings the first that is there, and of its forms the .jsonl."""
     found = [file for name in hub.spellings(split) for ending in (".jsonl", ".jsonl.gz", *ENDINGS)
              if (file := folder / f"{name}{ending}").exists()]
     if not found:
         raise FileNotFoundError(f"{folder} has no {split}.jsonl or {split}.jsonl.gz (one JSON object a line, with the "
-                                f"fields document and summary) and no {split}.csv, {split}.json or {split}.parquet.")
+                                f"fields document and summary) and no {split}.csv, {split}.json or {split}.parquet: "
+                                f"{advice}.")
     return found[0]
 
 
@@ -99,9 +120,32 @@ def rows_of(path: Path) -> Iterator[tuple[str, int, object]]:
                 if line.strip():
                     yield "line", number, json.loads(line)
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} breaks off or is not text after {number} lines ({e}): copy it again.") from e
+        raise ValueError(f"{path} breaks off or is not text after {number} lines ({e}): "
+                         f"{looks_like(path) or 'copy it again'}.") from e
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} line {number} is not valid JSON ({e}): mend or delete that line.") from e
+        raise ValueError(f"{path} line {number} is not valid JSON ({e}): "
+                         f"{looks_like(path) or 'mend or delete that line'}.") from e
+
+
+def looks_like(path: Path) -> str:
+    """What a file that is no JSON lines seems to be, and what to do; "" where nothing is known."""
+    with open(path, "rb") as file:
+        start = file.read(4000)
+    for mark, advice in FORMS.items():
+        if start.startswith(mark):
+            return advice
+    lines = [line.strip() for line in start.removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()]
+    if lines and lines[0].startswith(b"["):
+        return "it looks like a JSON array, which is read from a file that is called .json"
+    if lines and lines[0].startswith(b"{") and lines[0].endswith(b","):
+        return "there is a comma after the object: delete it at the end of each line"
+    if lines and lines[0] == b"{":
+        return "it looks like JSON over several lines, which is read from a file that is called .json"
+    if lines and not lines[0].startswith(b"{") and b"\t" in lines[0]:
+        return "it looks like a table with tabs: save it as a .csv with commas"
+    if lines and not lines[0].startswith(b"{") and b"," in lines[0]:
+        return "it looks like CSV, which is read from a file that is called .csv"
+    return ""
 
 
 def on_hub(source: str | Path) -> bool:
@@ -114,43 +158,105 @@ def has_splits(source: str) -> bool:
     return source == "tiny" or on_hub(source) or Path(source).expanduser().is_dir()
 
 
-def load_split(data: str, eval_data: str = "", max_posts: int = 0,
-               min_chars: int = 0) -> tuple[list[Post], list[Post]]:
-    """Posts to train on, and posts held out: `eval_data`, the data's own val or test split, or a file's last tenth."""
-    which = {"max_posts": max_posts, "min_chars": min_chars}
-    posts = load_posts(data, "train", **which)
+def load_split(data: str, eval_data: str = "", max_posts: int = 0, min_chars: int = 0, split: str = "", *,
+               document: str | None = None, reference: str | None = None) -> tuple[list[Post], list[Post]]:
+    """Posts to train on, and posts held out: `eval_data`, the data's own val or test split, or a file's last tenth.
+
+    `split`: the one to train on where it is not "train".
+    """
+    which = {"max_posts": max_posts, "min_chars": min_chars, "document": document, "reference": reference}
+    posts = load_posts(data, split or "train", **which)
     if eval_data:
-        return posts, load_posts(eval_data, "test", **which)
+        return posts, first_split(eval_data, ["test", "val"], which)
     if has_splits(data):
-        try:
-            return posts, load_posts(data, "val", **which)
-        except FileNotFoundError:
-            return posts, load_posts(data, "test", **which)
+        return posts, first_split(data, [name for name in ("val", "test") if split not in hub.spellings(name)], which)
     if len(posts) < 10:
         raise ValueError(f"{data} has only {len(posts)} posts, too few to hold some out: give --eval-data.")
     return posts[:-(len(posts) // 10)], posts[-(len(posts) // 10):]
 
 
-def _post(row: object, where: str, number: int, document: str | None, reference: str | None, min_chars: int):
-    """A row of a file -> the Post, or None where its document is shorter than `min_chars`."""
+def first_split(data: str, names: list[str], which: dict) -> list[Post]:
+    """Of the splits with these names the first that there is."""
+    advice = "hold out other posts with --eval-data, a file or what has a split test or val"
+    for name in names[:-1]:
+        with suppress(FileNotFoundError):
+            return load_posts(data, name, **which)
+    return load_posts(data, names[-1], **which, advice=advice)
+
+
+def is_blank(text: object) -> bool:
+    """Null, NaN (a null that went through a table of numbers), "" or blanks."""
+    return text is None or text != text or isinstance(text, str) and not text.strip()
+
+
+def fields_of(row: dict, document: str | None, reference: str | None) -> tuple[str | None, str | None]:
+    """The names of a row's two texts: those that are named, or the first of the usual ones that it has."""
+    d = document or next((f for f in DOCUMENT_FIELDS if f in row and f != reference), None)
+    return d, reference or next((f for f in REFERENCE_FIELDS if f in row and f != d), None)
+
+
+def no_text(row: dict, where: str, document: str | None, reference: str | None) -> str:
+    """What to say of a row whose text is missing."""
+    d, has = fields_of(row, document, reference)[0], f"its fields are {', '.join(row) or 'none'}"
+    if d is None or d not in row:
+        return (f"{where} has no text in a field '{d or DOCUMENT_FIELDS[0]}': {has}. Name the one that holds the text "
+                f"with --document-field, or leave such rows out with --min-chars 1.")
+    return (f"{where} has no text in the field '{d}': {has}. Leave such rows out with --min-chars 1, or name another "
+            f"field with --document-field.")
+
+
+def texts_of(row: object, where: str, document: str | None, reference: str | None) -> tuple:
+    """A row of a file -> (its text, which may be blank, and its summary, "" where there is none)."""
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is not a JSON object: write {{\"document\": ..., \"summary\": ...}}.")
-    d = document or next((f for f in DOCUMENT_FIELDS if f in row), None)
-    r = reference or next((f for f in REFERENCE_FIELDS if f in row and f != d), None)
-    text, summary = row.get(d), row.get(r) or ""
-    if isinstance(text, str) and len(text.strip()) < min_chars:
-        return None
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where} has no text in the field '{d or DOCUMENT_FIELDS[0]}': its fields are "
-                         f"{', '.join(row) or 'none'}. Mend the line, name the field that holds the text, or leave "
-                         f"empty posts out with --min-chars 1.")
-    if not isinstance(summary, str) or (reference and reference not in row):
-        raise ValueError(f"{where} has no summary text in the field '{r}'.")
+        array = ". An array of objects is read from a file that is called .json" if isinstance(row, list) else ""
+        raise ValueError(f"{where} is not a JSON object: write {{\"document\": ..., \"summary\": ...}}{array}.")
+    d, r = fields_of(row, document, reference)
+    text, summary = row.get(d), row.get(r)
+    summary = "" if is_blank(summary) else summary
+    if is_blank(text):
+        return None, ""
+    if not isinstance(text, str):
+        raise ValueError(f"{where} has no text in the field '{d}', but a {type(text).__name__}: its fields are "
+                         f"{', '.join(row)}. Name the one that holds the text with --document-field.")
+    if not isinstance(summary, str) or reference and reference not in row:
+        raise ValueError(f"{where} has no summary text in the field '{r}': its fields are {', '.join(row)}. Name the "
+                         f"one that holds the summary with --summary-field.")
     try:
         (text + summary).encode()
     except UnicodeEncodeError as e:
         raise ValueError(f"{where} holds half a character, which no tokenizer takes ({e}): mend that line.") from e
-    return Post(text.strip(), summary.strip(), str(row.get("id", number)))
+    return text, summary
+
+
+def say_references(posts: Sequence[Post], held_out: Sequence[Post], compared: Sequence[str], data: str) -> None:
+    """Refuse rewards that compare where no post has a summary, and say how many have none."""
+    without = sum(not post.reference for post in posts)
+    if compared and without == len(posts):
+        raise ValueError(f"{data} has no summaries for {', '.join(compared)} to compare with: name their field with "
+                         f"--summary-field, or train with --stages length:N or squish:N.")
+    if compared and without:
+        print(f"{without:,} of {len(posts):,} posts have no summary for {', '.join(compared)} to compare with: all of "
+              f"their completions earn 0 from it, and where nothing else is paid their groups are flat.", flush=True)
+    if compared and not any(post.reference for post in held_out):
+        print(f"None of the held-out posts has a summary: {', '.join(compared)} will be 0 there.", flush=True)
+
+
+def say_differences(measured: dict[str, tuple[str, list[Post]]], comparing: bool) -> None:
+    """Beside eval.py's table, on stderr: what its rows do not share, and how many of their posts have a reference.
+
+    measured: {model: (data and task in words, its posts)}. `comparing`: a reward needs references, too.
+    """
+    for name, (_, posts) in measured.items():
+        n = sum(bool(post.reference) for post in posts)
+        if n < len(posts) and (n or comparing):
+            none = "" if n else ", so there are none: name the field of the summaries with --summary-field"
+            print(f"{name}: {n} of {len(posts)} posts have a reference. ROUGE-L, METEOR, BLEU and a reward that needs "
+                  f"one are means over those{none}.", file=sys.stderr)
+    # Numbers of other posts, or for another size, may stand in one table, but nobody should compare them unawares.
+    first, *others = measured.values()
+    if any(other != first for other in others):
+        rows = "; ".join(f"{name}: {len(posts)} posts of {task}" for name, (task, posts) in measured.items())
+        print(f"These rows do not measure the same. {rows}.", file=sys.stderr)
 
 
 def posts_that_fit(posts: Sequence[Post], prompt_of: Callable[[Post], list[int]], *, max_prompt: int, new_tokens: int,

@@ -116,10 +116,16 @@ def by_folder(name: str, posts: list[Post], budget, config: Config, args, kept: 
     return found
 
 
+def another(posts: list[Post], i: int) -> str:
+    """The nearest reference before post i's that is not its own; "" where there is none."""
+    others = (posts[i - n].reference for n in range(1, len(posts)))
+    return next((text for text in others if text and text != posts[i].reference), "")
+
+
 def baseline(name: str, posts: list[Post], budget, config: Config, tokenizer) -> list[str | None]:
     """A summary of each post that no model wrote, cut to the budget."""
     texts = {"first": [post.document for post in posts], "reference": [post.reference for post in posts],
-             "other": [posts[i - 1].reference for i in range(len(posts))], "empty": [""] * len(posts)}[name]
+             "other": [another(posts, i) for i in range(len(posts))], "empty": [""] * len(posts)}[name]
     result = []
     for post, text in zip(posts, texts):
         room = int(allowance(tokenizer, post.document, budget, config.budget_unit))
@@ -174,7 +180,7 @@ def score(name: str, posts: list[Post], budget, config: Config, args, scorers: l
             if s and not fits(tokenizer, posts[i].document, s, budget, config.budget_unit)}
     samples = max(k for _, k in summaries) + 1
     each = np.array([[values[i, k] for k in range(samples)] for i in range(len(posts))]).mean(1)  # [P]
-    low, high = interval(each[None])
+    low, high = interval(each[None]) if len(posts) > 1 else (None, None)  # one document shows no spread
     used = [size(tokenizer, s, config.budget_unit)
             / max(1.0, allowance(tokenizer, posts[i].document, budget, config.budget_unit))
             for (i, _), s in summaries.items() if s]
@@ -193,7 +199,8 @@ def table(rows: list[dict]) -> str:
     measured = [r for r in rows if r["squish"] is not None]
     for r in sorted(measured, key=lambda r: (r["budget"], -r["squish"])):
         why = f" ({r['why']})".replace("|", "/") if r.get("why") else ""
-        lines.append(f"| {r['model']} | {r['budget']} | {r['squish']:.3f} ({r['low']:.3f}..{r['high']:.3f}) | "
+        spread = "" if r["low"] is None else f" ({r['low']:.3f}..{r['high']:.3f})"
+        lines.append(f"| {r['model']} | {r['budget']} | {r['squish']:.3f}{spread} | "
                      f"{r['coverage']:.0%} | {r['failed']:.0%}{why} | {r['over']:.0%} | {r['used']:.0%} |")
     for r in rows:
         if r["squish"] is None:
@@ -212,7 +219,7 @@ def draw(rows: list[dict], path: Path) -> None:
     for b, budget in enumerate(budgets):
         mine = [r for r in rows if r["budget"] == budget]
         x = np.array([r["squish"] for r in mine])
-        error = np.abs(np.array([[r["low"], r["high"]] for r in mine]).T - x)
+        error = None if mine[0]["low"] is None else np.abs(np.array([[r["low"], r["high"]] for r in mine]).T - x)
         ax.barh([names.index(r["model"]) + (b - (len(budgets) - 1) / 2) * height for r in mine], x, height,
                 xerr=error, color=f"C{b}", label=f"budget {budget}", error_kw={"lw": 1, "capsize": 2})
     ax.set_yticks(range(len(names)), names)
@@ -239,6 +246,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--unit", default="chars", choices=UNITS, help="what a budget counts")
     parser.add_argument("--data", default="tiny", help="documents: tiny, a folder, a .jsonl file or a hub data set")
     parser.add_argument("--split", default="test", help="which file of a folder (default: test)")
+    parser.add_argument("--document-field", default="", help="field that holds the document (default: guessed)")
+    parser.add_argument("--summary-field", default="", help="field that holds the reference (default: guessed)")
     parser.add_argument("--n", type=int, default=100, help="only the first N documents")
     parser.add_argument("--min-chars", type=int, default=0, help="leave out documents of fewer characters")
     parser.add_argument("--max-document", type=int, default=0, help="cut documents to this many tokens")
@@ -265,12 +274,14 @@ def main(argv: list[str] | None = None) -> int:
         args.tokenizer = scorers[0][2]
         if any(scorer[2] is None for scorer in scorers):
             raise ValueError("A reference model has no tokenizer.json, so it cannot read the documents.")
-        posts = load_posts(args.data, args.split, max_posts=args.n, min_chars=args.min_chars)
+        posts = load_posts(args.data, args.split, args.document_field or None, args.summary_field or None,
+                           max_posts=args.n, min_chars=args.min_chars)
         if args.max_document:
             posts = [replace(post, document=shorten(args.tokenizer, post.document, args.max_document))
                      for post in posts]
-        with_references = any(post.reference for post in posts)
-        names = [*args.models, *(b for b in BASELINES if with_references or b in ("first", "empty"))]
+        there = {"first": True, "empty": True, "reference": any(post.reference for post in posts),
+                 "other": any(another(posts, i) for i in range(len(posts)))}
+        names = [*args.models, *(name for name in BASELINES if there[name])]
         kept, rows = Kept(Path(args.cache)), []
         for name in names:
             rows += [score(name, posts, budget, config, args, scorers, kept) for budget in budgets]

@@ -245,6 +245,45 @@ def test_posts_that_are_too_short_do_not_count(data):
     assert "at least 999 characters" in refusal(ValueError, load_posts, DATA, min_chars=999)
 
 
+@pytest.mark.parametrize("blank", [None, " \n", float("nan")], ids=str)
+def test_rows_without_a_text_are_what_they_are_in_a_file(data, blank, tmp_path, capsys):
+    """Refused with advice that helps, or left out and counted, from the hub, from what was kept of it, and from a file
+    of each form. They use up no --max-posts."""
+    nan = blank != blank
+    every = [{"prompt": f"Post {i}.", "completion": f"{i}."} for i in range(8)]
+    every[2]["prompt"] = every[5]["prompt"] = blank
+    data.datasets[DATA] = {"train.jsonl": lines(every)}
+    places = [DATA, DATA]
+    for name in ("a.jsonl", *(() if nan else ("a.json", "a.csv", "a.parquet"))):  # NaN is no text of a column of text
+        places.append(write(tmp_path / name, every))
+    for source in places:
+        assert "--min-chars 1" in refusal(ValueError, load_posts, source)
+        capsys.readouterr()
+        found = load_posts(source, min_chars=1, max_posts=4)
+        assert [post.document for post in found] == ["Post 0.", "Post 1.", "Post 3.", "Post 4."]
+        assert ": rows without a text, left out: 1; posts: 4." in capsys.readouterr().err
+        assert len(load_posts(source, min_chars=1)) == 6
+        assert ": rows without a text, left out: 2; posts: 6." in capsys.readouterr().err
+
+
+def test_the_split_to_train_on_can_be_named(data, tmp_path):
+    """And whatever it is, the posts that are held out are others."""
+    assert load_split(DATA, split="test") == (posts(7, "test"), posts(20, "validation"))
+    assert load_split(DATA, split="validation") == (posts(20, "validation"), posts(7, "test"))
+    message = refusal(FileNotFoundError, load_split, DATA, split="train_sft")
+    assert "'train_sft'" in message and "train, validation, test" in message and "--split" in message
+    folder = tmp_path / "local"
+    folder.mkdir()
+    for name in ("train_sft", "test"):
+        (folder / f"{name}.jsonl").write_bytes(lines(rows(3, name)))
+    assert load_split(str(folder), split="train_sft") == (posts(3, "train_sft"), posts(3, "test"))
+    assert "--split" in refusal(FileNotFoundError, load_posts, folder, "train")
+    assert "--eval-data" in refusal(FileNotFoundError, load_split, str(folder), split="test")
+    assert load_split(DATA, str(folder)) == (posts(250), posts(3, "test"))  # held-out data of its own
+    (folder / "test.jsonl").rename(folder / "dev.jsonl")
+    assert load_split(DATA, str(folder)) == (posts(250), posts(3, "test"))
+
+
 def test_what_was_begun_is_what_is_resumed(data):
     """The hub has other posts by now: the run that was begun has not."""
     assert load_split(DATA, max_posts=5) == (posts(5), posts(5, "validation"))

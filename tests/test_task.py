@@ -83,6 +83,11 @@ def test_posts_are_read_from_a_file_or_a_folder(tmp_path):
     {"post": "d", "tldr": "r"},
     {"summary": "r", "text": "d", "url": "u"},  # the order in the file does not matter
     {"body": "d", "reference": "r"},
+    {"body": "d TL;DR r", "content": "d", "summary": "r"},  # the TL;DR corpus keeps the answer in `body`
+    {"prompt": "Summarise this.", "article": "d", "abstract": "r", "title": "t"},  # arxiv; no instruction is a text
+    {"instruction": "Summarise this.", "input": "d", "output": "r"},
+    {"id": 1, "dialogue": "d", "summary": "r", "topic": "t"},  # SAMSum, DialogSum
+    {"documents": "d", "tldr": "r", "title": "t"}, {"report": "d", "summary": "r"},  # Reddit TIFU, GovReport
 ], ids=lambda row: "-".join(row))
 def test_the_usual_field_names_are_guessed(tmp_path, row):
     assert load_posts(write(tmp_path / "a.jsonl", [row])) == [Post("d", "r", "1")]
@@ -93,7 +98,10 @@ def test_fields_can_be_named_and_the_reference_may_be_absent(tmp_path):
     assert load_posts(path, document="german", reference="short") == [Post("c", "d", "1")]
     assert load_posts(path, document="german") == [Post("c", "b", "1")]
     assert load_posts(path, document="summary") == [Post("b", "", "1")]  # no text is its own summary
-    for row in ({"text": "only"}, {"text": "only", "summary": None}, {"text": "only", "summary": ""}):  # C4; null; ""
+    assert load_posts(write(tmp_path / "c.jsonl", [{"document": "a", "text": "b"}]), reference="document") == [
+        Post("b", "a", "1")]
+    for row in ({"text": "only"}, {"text": "only", "summary": None}, {"text": "only", "summary": ""},  # C4; null; ""
+                '{"text": "only", "summary": NaN}'):
         assert load_posts(write(tmp_path / "b.jsonl", [row])) == [Post("only", "", "1")]
 
 
@@ -112,18 +120,57 @@ def test_fields_can_be_named_and_the_reference_may_be_absent(tmp_path):
     ('{"document": "half an emoji: \\ud83d"}', "half a character"),  # valid JSON, but no tokenizer takes it
 ], ids=str)
 def test_a_line_that_is_no_post_is_named(tmp_path, line, says):
-    """Line 17 of 30. To leave it out would shift every batch after it, so it is not left out."""
+    """Line 17 of 30. To leave it out unasked would shift every batch after it, so it is not left out."""
     path = write(tmp_path / "a.jsonl", [*ROWS[:16], line, *ROWS[17:]])
     message = refusal(ValueError, load_posts, path)
     assert f"{path} line 17 " in message and says in message
+
+
+BLANK = ['{"document": null, "summary": "s"}', '{"document": NaN}', '{"document": " \\n"}', '{"summary": "s"}']
+
+
+@pytest.mark.parametrize("blank", BLANK)
+def test_rows_without_a_text_are_left_out_as_the_message_says(tmp_path, blank, capsys):
+    path = write(tmp_path / "a.jsonl", [*ROWS[:16], blank, *ROWS[17:]])
+    assert "--min-chars 1" in refusal(ValueError, load_posts, path)
+    assert load_posts(path, min_chars=1) == POSTS[:16] + POSTS[17:]
+    assert f"{path}: rows without a text, left out: 1; posts: 29." in capsys.readouterr().err
+    message = refusal(ValueError, load_posts, write(path, [blank, blank]), min_chars=1)  # then there is no post at all
+    assert "line 1 " in message and "--document-field" in message
+
+
+def test_what_is_no_text_is_not_left_out(tmp_path):
+    """A list of messages is a form that is not read, and no row that lacks something."""
+    path = write(tmp_path / "a.jsonl", [{"prompt": [{"role": "user", "content": "chat"}], "other": "x"}])
+    for min_chars in (0, 1):
+        message = refusal(ValueError, load_posts, path, min_chars=min_chars)
+        assert "a list" in message and "prompt, other" in message and "--document-field" in message
+        assert "--min-chars" not in message
+
+
+@pytest.mark.parametrize("content, says", [
+    (b'[{"document": "d"}]', "called .json"), (b'[\n{"document": "d"}\n]', "called .json"),
+    (b'{"document": "d"},\n{"document": "e"},\n', "comma"), (b'{\n"document": "d"\n}\n', "over several lines"),
+    ('{"document": "d"}\n'.encode("utf-16"), "UTF-16"), (b"document,summary\nd,s\n", "CSV"),
+    (b"document\tsummary\nd\ts\n", "tabs"), (b"PAR1\x15\x04", "Parquet"), (b"PK\x03\x04", "zip"),
+    (gzip.compress(b'{"document": "d"}'), "gzip"), (b"\x28\xb5\x2f\xfd\x04", "zst"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+], ids=str)
+def test_a_file_of_another_form_is_told_what_it_is(tmp_path, content, says):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    message = refusal(ValueError, load_posts, path)
+    assert str(path) in message and says in message
 
 
 def test_a_named_field_that_is_absent_is_named(tmp_path):
     path = write(tmp_path / "a.jsonl", ROWS)
     message = refusal(ValueError, load_posts, path, document="artikel")
     assert "line 1 " in message and "artikel" in message and "document, summary" in message  # asked for; there are
+    assert "--document-field" in message
     message = refusal(ValueError, load_posts, path, reference="kurz")
-    assert "line 1 " in message and "kurz" in message
+    assert "line 1 " in message and "kurz" in message and "document, summary" in message
+    assert "--summary-field" in message
 
 
 def test_files_that_are_absent_empty_or_broken_are_named(tmp_path):
@@ -378,3 +425,18 @@ def test_a_completion_that_keeps_to_its_size_is_never_cut():
     whole = len(tokenizer.encode(posts[1].document).ids)  # half as much again as the largest budget, and the tag
     tagged = Config(template="tagged", budgets="0.1,0.5")
     assert completion_limit(tokenizer, posts, tagged) == math.ceil(1.5 * 0.5 * whole) + 16
+
+
+@pytest.mark.parametrize("unit, budget", [("chars", "0.5"), ("chars", "100"), ("tokens", "0.5"), ("tokens", "100")])
+def test_every_document_s_budget_has_room(unit, budget):
+    """A byte-level tokenizer takes three tokens for a character of Chinese, and one for four of English: of the longest
+    document neither the number of characters nor the tokens a character say what another one's summary needs."""
+    tokenizer, config = byte_bpe(), Config(template="tagged", budgets=budget, budget_unit=unit)
+    posts = [Post("about the post " * 60, "", "1"), Post("猫は座った。" * 60, "", "2")]
+    assert len(posts[0].document) > 2 * len(posts[1].document)
+    one_by_one = [completion_limit(tokenizer, [post], config) for post in posts]
+    assert completion_limit(tokenizer, posts, config) == max(one_by_one)
+    tokens = [len(tokenizer.encode(post.document).ids) for post in posts]
+    assert tokens[1] > 1.2 * tokens[0]
+    if budget == "0.5":
+        assert one_by_one == [math.ceil(1.5 * 0.5 * n) + 16 for n in tokens]
