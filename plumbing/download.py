@@ -3,22 +3,35 @@
 import errno
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
-def download(name: str, files: Sequence[str]) -> Path:
+def download(name: str, files: Sequence[str], weight_files: Callable[[Path], Sequence[str]]) -> Path:
     """The local copy of a hub repository: what is not here yet is fetched, a dropped connection is resumed.
 
-    Only `files` (names or patterns), since a repository may hold the same weights in five formats. A busy hub is asked
-    again. Raises OSError with a sentence that says what to do.
+    Only `files`, since a repository may hold the same weights in five formats, and then the shards, which may have any
+    name: `weight_files` reads them in the folder's index. A busy hub is asked again. Raises OSError with a sentence
+    that says what to do.
     """
+    folder = fetch(name, files)
+    if (folder / "model.safetensors.index.json").exists() and not (folder / "model.safetensors").exists():
+        shards = weight_files(folder)
+        if not all((folder / shard).exists() for shard in shards):
+            folder = fetch(name, [*files, *shards])
+    elif not (folder / "model.safetensors").exists() and not (folder / "adapter_config.json").exists():
+        raise OSError(f"{name} has no model.safetensors on the hub: take a model that has, or convert it with "
+                      f"transformers and pass that folder.")
+    return folder
+
+
+def fetch(name: str, files: Sequence[str]) -> Path:
+    """The folder of a repository's files that have these names."""
     from huggingface_hub import snapshot_download  # comes with tokenizers; slow to import, needed for names only
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     for wait in (1, 4, 16, None):  # seconds
         try:
-            folder = Path(snapshot_download(name, allow_patterns=files))
-            break
+            return Path(snapshot_download(name, allow_patterns=list(files)))
         except GatedRepoError as e:
             raise OSError(f"{name} is gated: accept its terms at https://huggingface.co/{name}, then log in with "
                           f"'hf auth login' or set HF_TOKEN.") from e
@@ -37,7 +50,3 @@ def download(name: str, files: Sequence[str]) -> Path:
             why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             raise OSError(f"There is no folder {name}, and the hub did not give a model of that name ({why}). "
                           f"Check the spelling and the connection, or pass a local folder.") from e
-    if not list(folder.glob("*.safetensors")):
-        raise OSError(f"{name} has no model.safetensors on the hub: take a model that has, or convert it with "
-                      f"transformers and pass that folder.")
-    return folder

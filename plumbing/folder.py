@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,14 +14,14 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from plumbing.download import download
+from plumbing.model_config import QUANTIZED, ModelConfig, read_config, warn
 from plumbing.weights import write_tensors
 
-FAMILIES = ("qwen2", "qwen3", "llama", "lfm2")
 # Files beside the weights that say how to tokenise, chat and stop: kept in memory by `load`, written again by `save`.
 SIDECARS = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json", "special_tokens_map.json",
             "added_tokens.json", "vocab.json", "merges.txt")
 FILES = ("config.json", "tokenizer.json", *SIDECARS, "model.safetensors", "model.safetensors.index.json",
-         "model-*.safetensors")  # all that `read_model` reads
+         "adapter_config.json")  # all that `read_model` reads, but for shards: the index says what they are called
 
 # A module of `model.py` -> its name in folders of qwen2, qwen3 and llama, and of lfm2. Others are called the same.
 NAMES = {
@@ -61,100 +61,6 @@ def file_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {file_name(name, model.config.model_type): p for name, p in model.named_parameters()}
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """The numbers of `config.json` that change the computation, with one spelling for each."""
-
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    layer_types: tuple[str, ...]  # "full_attention" or "conv", one a layer
-    conv_L_cache: int  # width of LFM2's convolution, as transformers calls it
-    conv_bias: bool
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
-
-
-def read_config(raw: dict, where: str, generation: dict | None = None) -> ModelConfig:
-    """`config.json` as a dict (and `generation_config.json`, which may name further stop tokens) -> ModelConfig.
-
-    A family or feature that this file does not compute is refused here: a model that loads but computes something
-    slightly different would train, and teach nothing.
-    """
-    def size(key, default=None):
-        n = default if raw.get(key) is None else raw[key]
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"{where}: '{key}' should be a whole number above 0, not {n!r}. Is it the config of a "
-                             f"causal language model?")
-        return n
-
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"{where} says model_type '{family}': crisp knows {', '.join(FAMILIES)}.")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # new spelling, old spelling
-    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    lfm2 = family == "lfm2"
-    theta = rope.get("rope_theta") or raw.get("rope_theta") or (1e6 if lfm2 else 1e4)
-    heads, D, n_layers = size("num_attention_heads"), size("hidden_size"), size("num_hidden_layers")
-    kv_heads, head_dim = size("num_key_value_heads", heads), size("head_dim", D // heads)
-    eos = [(source or {}).get("eos_token_id") for source in (raw, generation)]
-    eos = [i for ids in eos if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
-    kinds, attends = raw.get("layer_types"), raw.get("full_attn_idxs") if lfm2 else None
-    if kinds is None and isinstance(attends, list | None):  # the older LFM2 configs list only which layers attend
-        kinds = ["full_attention" if attends is None or i in attends else "conv" for i in range(n_layers)]
-    factor = raw.get("block_ffn_dim_multiplier", 1.0)
-    known = isinstance(kinds, list) and all(k == "full_attention" or lfm2 and k == "conv" for k in kinds)
-    for refused, says in ((rope_type != "default", f"rope type '{rope_type}'"),
-                          (not isinstance(theta, int | float), f"a rope_theta of {theta!r}"),
-                          (raw.get("use_sliding_window"), "sliding-window attention"),
-                          (raw.get("hidden_act", "silu") != "silu", f"activation '{raw.get('hidden_act')}'"),
-                          (heads % kv_heads, f"{heads} query heads on {kv_heads} key/value heads"),
-                          (head_dim % 2, f"rotary embedding of an odd head_dim, {head_dim}"),
-                          (not isinstance(factor, int | float), f"a block_ffn_dim_multiplier of {factor!r}"),
-                          (not known, f"layer_types or full_attn_idxs {str(kinds or attends)[:80]}"),
-                          (known and len(kinds) != n_layers, f"{n_layers} layers, but has other layer_types"),
-                          (not all(isinstance(i, int) for i in eos), f"the stop tokens {eos}")):
-        if refused:
-            raise ValueError(f"{where} asks for {says}, which crisp does not compute.")
-    bias = not lfm2 and bool(raw.get("attention_bias", False))
-    return ModelConfig(
-        model_type=family, vocab_size=size("vocab_size"), hidden_size=D,
-        intermediate_size=lfm2_width(raw, size) if lfm2 else size("intermediate_size"),
-        num_hidden_layers=n_layers, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
-        rms_norm_eps=raw.get("norm_eps", 1e-5) if lfm2 else raw.get("rms_norm_eps", 1e-6), rope_theta=float(theta),
-        max_position_embeddings=size("max_position_embeddings", 2048),
-        tie_word_embeddings=bool(raw.get("tie_embedding", raw.get("tie_word_embeddings", lfm2))),
-        qkv_bias=family == "qwen2" or bias, o_bias=family != "qwen2" and bias,
-        mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)), qk_norm=family in ("qwen3", "lfm2"),
-        layer_types=tuple(kinds), conv_L_cache=size("conv_L_cache", 3), conv_bias=bool(raw.get("conv_bias", False)),
-        bos_token_id=raw.get("bos_token_id"), eos_token_ids=tuple(dict.fromkeys(eos)))
-
-
-def lfm2_width(raw: dict, size: Callable[..., int]) -> int:
-    """The feed-forward width of LFM2. Its configured one is meant for two matrices; three of 2/3 of it weigh the same:
-    6656 -> 4437 -> 4608, the next multiple of 256."""
-    width = size("intermediate_size" if raw.get("block_ff_dim") is None else "block_ff_dim")  # new spelling, old one
-    if raw.get("block_auto_adjust_ff_dim", True):
-        width = int(2 * width / 3)
-        step = size("block_multiple_of", 256)
-        width = -(-int(raw.get("block_ffn_dim_multiplier", 1.0) * width) // step) * step
-    return width
-
-
 def find_folder(name_or_path: str | Path) -> Path:
     """The folder itself, or the local copy of a hub repository `owner/name`."""
     path = Path(name_or_path).expanduser()
@@ -167,12 +73,41 @@ def find_folder(name_or_path: str | Path) -> Path:
         raise ValueError(f"{name} is a file: give the folder that holds config.json and model.safetensors.")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"There is no folder {name}: give a Hugging Face folder, or a hub name 'owner/name'.")
-    return download(name, FILES)
+    return download(name, FILES, weight_files)
+
+
+def refuse_other_folders(folder: Path) -> None:
+    """One sentence for what is no model folder, or none that is read here: what it is, and what makes one of it."""
+    def holds(*patterns):
+        return any(next(folder.glob(pattern), None) for pattern in patterns)
+
+    if holds("adapter_config.json") and not holds("config.json"):
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise ValueError(f"{folder} holds an adapter of {base}, and no model: merge it into that with peft "
+                         f"(merge_and_unload, then save_pretrained), and give the merged folder.")
+    if holds("model.safetensors", "model.safetensors.index.json"):
+        return
+    if holds("pytorch_model*.bin", "*.bin", "*.pth", "*.pt"):
+        raise ValueError(f"{folder} has its weights in pickled files (.bin, .pth) only, which can run code when they "
+                         f"are read: load it with transformers and save_pretrained it, which writes model.safetensors.")
+    if holds("*.gguf"):
+        raise ValueError(f"{folder} holds GGUF files, which are quantised: take the model's folder with "
+                         f"model.safetensors.")
+
+
+def refuse_pointer(path: Path) -> None:
+    """What `git clone` leaves where git-lfs is not installed: three lines of text in place of the file."""
+    if path.exists():
+        with open(path, "rb") as f:
+            if f.read(40).startswith(b"version https://git-lfs"):
+                raise ValueError(f"{path} is a Git LFS pointer and not the file itself: run 'git lfs install' and "
+                                 f"'git lfs pull' in {path.parent}, or download the model again.")
 
 
 def read_json(path: Path) -> dict:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: a model folder needs config.json and *.safetensors.")
+    refuse_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
@@ -182,38 +117,53 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def weight_files(folder: Path) -> list[str]:
+    """The names of the weight files. The single file wins, as it does in transformers; else the index names shards."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return ["model.safetensors"]
+    weight_map = read_json(index).get("weight_map")
+    names = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if not weight_map or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{index} has no 'weight_map' from tensors to files: copy or download it again.")
+    return sorted(set(names))
+
+
 def read_weights(folder: Path, config: ModelConfig, want: dict[str, torch.Size], device: str,
                  dtype: torch.dtype) -> dict[str, Tensor]:
     """The parameters that are wanted, name -> shape, from the folder's safetensors, single or sharded; exactly those,
     in those shapes."""
-    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-    if index.exists() and not (folder / names[0]).exists():  # the single file wins, as it does in transformers
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index} has no 'weight_map': copy or download it again.")
-        names = sorted(set(weight_map.values()))
     state: dict[str, Tensor] = {}
-    for file in (folder / n for n in names):
+    for file in (folder / n for n in weight_files(folder)):
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing: the folder's weights are not complete.")
+        refuse_pointer(file)
         try:
             # safetensors before 0.8 takes "mps" for a device, and "mps:0" for none.
             with safe_open(file, framework="pt", device="mps" if str(device).startswith("mps") else str(device)) as f:
-                for key in f.keys():
+                keys = list(f.keys())
+                refuse_quantized(file, {key: f.get_slice(key).get_dtype() for key in keys})
+                for key in keys:
                     name = key.removeprefix("model.")
                     if name.endswith("rotary_emb.inv_freq"):  # old files store this table; it is recomputed
                         continue
                     if config.tie_word_embeddings and name == "lm_head.weight":
                         name = "embed_tokens.weight"  # a tied matrix may be stored under either name, or both
-                        if name in state:
-                            continue
                     if name not in want:
                         raise ValueError(f"{file} holds '{key}', which {config.model_type} has no place for.")
                     tensor = f.get_tensor(key)
                     if tensor.shape != want[name]:
                         raise ValueError(f"{file}: '{key}' has shape {list(tensor.shape)}, "
                                          f"config.json asks for {list(want[name])}.")
-                    state[name] = tensor.to(dtype)
+                    tensor = tensor.to(dtype)
+                    if not all(piece.isfinite().all() for piece in tensor.flatten().split(2 ** 22)):  # little memory
+                        raise ValueError(f"{file}: '{key}' holds NaN or infinite numbers (read as "
+                                         f"{str(dtype).removeprefix('torch.')}): copy or merge the model again.")
+                    if name in state and not torch.equal(state[name], tensor):
+                        raise ValueError(f"{folder}: config.json says that embedding and head are one matrix, and the "
+                                         f"files hold two different ones: set tie_word_embeddings to false there to "
+                                         f"keep both.")
+                    state[name] = tensor
         except SafetensorError as e:
             raise ValueError(f"{file} is not a whole safetensors file ({e}): copy or download it again.") from e
     missing = sorted(want.keys() - state.keys())
@@ -223,14 +173,26 @@ def read_weights(folder: Path, config: ModelConfig, want: dict[str, torch.Size],
     return state
 
 
+def refuse_quantized(file: Path, kinds: dict[str, str]) -> None:
+    """Packed weights (4 or 8 bits) are whole numbers or 8-bit floats, with scales beside them."""
+    packed = [key for key, kind in kinds.items() if kind not in ("F64", "F32", "F16", "BF16")]
+    if packed:
+        raise ValueError(f"{file} holds '{packed[0]}' as {kinds[packed[0]]}, which is quantised: crisp trains plain "
+                         f"weights only. Take the model as it was before, or dequantise it with transformers.")
+
+
 def read_model(model_class: Callable[[ModelConfig], nn.Module], name_or_path: str | Path, device: str | None,
                dtype: torch.dtype | None) -> tuple[nn.Module, Tokenizer | None]:
     """What `model.load` promises, with `model_class(config)` to be filled."""
     folder = find_folder(name_or_path)
+    refuse_other_folders(folder)
     raw = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
     generation = read_json(generation) if generation.exists() else None
     config = read_config(raw, str(folder / "config.json"), generation)
+    tokenizer = read_tokenizer(folder)
+    if tokenizer is not None:
+        config = with_own_marks(config, tokenizer, folder)
     with torch.device("meta"):  # shapes only: no time spent on random numbers that the file replaces
         model = model_class(config)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -242,17 +204,46 @@ def read_model(model_class: Callable[[ModelConfig], nn.Module], name_or_path: st
     state = read_weights(folder, config, want, device, dtype or torch.float32)
     model.load_state_dict({name: state[file_name(name, config.model_type)] for name, _ in model.named_parameters()},
                           assign=True)
-    model.raw_config = raw
+    left = [key for key in QUANTIZED if raw.get(key)]
+    if left:
+        warn(f"{folder / 'config.json'} has a {left[0]}, and the weights are plain: so they are used, and saved.")
+    model.raw_config = {key: value for key, value in raw.items() if key not in QUANTIZED}
     model.sidecars = {n: (folder / n).read_bytes() for n in ("tokenizer.json", *SIDECARS) if (folder / n).exists()}
-    tokenizer = None
-    if (folder / "tokenizer.json").exists():
-        try:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as e:  # the library raises bare Exception
-            raise ValueError(f"{folder / 'tokenizer.json'} cannot be read ({e}): copy or download it again.") from e
-        tokenizer.no_truncation()  # a tokenizer saved by a training run may cut or pad silently
-        tokenizer.no_padding()
     return model, tokenizer
+
+
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return None
+    refuse_pointer(path)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as e:  # the library raises bare Exception
+        raise ValueError(f"{path} cannot be read ({e}): copy or download it again.") from e
+    tokenizer.no_truncation()  # a tokenizer saved by a training run may cut or pad silently
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def with_own_marks(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -> ModelConfig:
+    """The config with what the tokenizer adds: its eos_token ends a text too (as in trl), and where no file names a
+    bos, a text begins with its bos_token, or with <|endoftext|>, as Qwen's do."""
+    files = [read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")
+             if (folder / name).exists()]
+
+    def own(key):  # -> the number of the token, None where there is none
+        token = next((file[key] for file in files if key in file), None)
+        token = token.get("content") if isinstance(token, dict) else token
+        number = tokenizer.token_to_id(token) if isinstance(token, str) else None
+        return number if number is not None and number < config.vocab_size else None
+
+    eos, bos = own("eos_token"), config.bos_token_id
+    if bos is None or bos >= config.vocab_size:
+        endoftext = tokenizer.token_to_id("<|endoftext|>")
+        bos = next((i for i in (own("bos_token"), endoftext) if i is not None and i < config.vocab_size), None)
+    stops = config.eos_token_ids if eos is None or eos in config.eos_token_ids else (*config.eos_token_ids, eos)
+    return replace(config, bos_token_id=bos, eos_token_ids=stops)
 
 
 def write_model(model: nn.Module, tokenizer: Tokenizer | None, path: str | Path, dtype: torch.dtype | None) -> None:

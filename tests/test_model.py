@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lora import add_lora
 from model import Attention, Cache, Transformer, load, pad, read_config, save, token_logprobs
@@ -871,7 +871,18 @@ def test_a_config_that_cannot_be_read(whole, tmp_path, content):
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": ...}, "llama3"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": ...}, "linear"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0}}, "yarn"),
-    ({"use_sliding_window": True, "sliding_window": 8}, "sliding"),
+    ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": ...}, "sliding"),
+    ({"model_type": "llama", "layer_types": ..., "use_sliding_window": ..., "sliding_window": 8}, "sliding"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),  # beside rope_parameters, which it replaces
+    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "0.5"),
+    ({"is_causal": False}, "is_causal"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),  # a text, which Python would take for true
+    ({"rms_norm_eps": None}, "rms_norm_eps"), ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps"), ({"num_hidden_layers": True}, "num_hidden_layers"),
+    ({"rope_parameters": ..., "rope_theta": None}, "rope_theta"), ({"vocab_size": [40]}, "vocab_size"),
+    ({"bos_token_id": [0]}, "bos_token_id"), ({"eos_token_id": "2"}, "eos_token_id"),
+    ({"eos_token_id": [2, None]}, "None"),
+    ({"model_type": "lfm2", "layer_types": ..., "full_attn_idxs": ["0"]}, "full_attn_idxs"),
     ({"hidden_act": "gelu"}, "gelu"),
     ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding_attention"),
     ({"layer_types": ["conv", "full_attention"]}, "conv"),  # which only lfm2 has
@@ -885,19 +896,95 @@ def test_a_config_that_cannot_be_read(whole, tmp_path, content):
 def test_a_model_that_would_be_computed_wrongly_is_refused(whole, tmp_path, changes, named):
     """A feature that is ignored loads well, trains badly and never says so. The message names file and feature."""
     folder = broken(whole, tmp_path)
+    (folder / "generation_config.json").unlink()
     edit_json(folder / "config.json", **changes)
     message = refusal(ValueError, load, folder)
     assert str(folder / "config.json") in message and named in message
 
 
-def test_a_sliding_window_that_is_switched_off_is_no_obstacle(whole, tmp_path):
-    """Qwen2.5's config names a window and says that it is not used."""
+@pytest.mark.parametrize("family, changes", [
+    ("qwen2", {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0}),  # as Qwen2.5's own config
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),  # from the third layer of two
+    ("qwen3", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 96, "max_window_layers": 0}),  # as wide as the context
+    ("llama", {"sliding_window": 4096}),
+    ("llama", {"hidden_act": "swish"}), ("qwen3", {"head_dim": ...}), ("lfm2", {"num_key_value_heads": ...}),
+    ("llama", {"num_key_value_heads": ...}), ("qwen2", {"num_key_value_heads": None}),
+    ("llama", {"rope_scaling": {"rope_type": "default"}}),  # rope_parameters is not read then, its base included
+], ids=str)
+def test_a_key_that_asks_for_nothing_is_no_obstacle(tmp_path, family, changes):
+    """Windows that no layer uses, second names, and what the family takes where its config is silent."""
+    sizes = {"qwen3": {"head_dim": 128}, "lfm2": {"num_attention_heads": 8, "num_key_value_heads": 8}}.get(family, {})
+    if changes.get("num_key_value_heads", 0) in (..., None):
+        sizes["num_key_value_heads"] = sizes.get("num_attention_heads", 4)
+    folder, _ = write_folder(tmp_path, family, **sizes)
+    edit_json(folder / "config.json", **({} if family == "lfm2" else {"layer_types": ...}), **changes)
+    assert_equal_logits(folder, AutoModelForCausalLM.from_pretrained(folder).eval())
+
+
+def test_a_key_that_nobody_knows_is_named_once(whole, tmp_path, capsys):
     folder = broken(whole, tmp_path)
-    edit_json(folder / "config.json", use_sliding_window=False, sliding_window=32768, max_window_layers=21)
     load(folder, "cpu")
+    assert capsys.readouterr().err == ""  # all that transformers writes is known
+    edit_json(folder / "config.json", logits_scaling=8.0, another={"x": 1})
+    load(folder, "cpu"), load(folder, "cpu")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "another, logits_scaling" in said and str(folder / "config.json") in said
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b-instruct", "qwen3-1.7b", "lfm2-350m"])
+def test_every_key_of_published_models_is_known(name, capsys):
+    folder = real(f"tokenizers/{name}")
+    read_config(read_json(folder / "config.json"), name)
+    assert capsys.readouterr().err == ""
 
 
 NORM = "model.layers.1.post_attention_layernorm.weight"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_no_number_is_named(whole, tmp_path, value):
+    """A broken merge. The loss would be NaN in the first step, and the learning rate would be blamed."""
+    folder = broken(whole, tmp_path)
+    name = "model.layers.1.mlp.down_proj.weight"
+    change_weights(folder, lambda w: w[name].view(-1).__setitem__(77, value))
+    message = refusal(ValueError, load, folder)
+    assert name in message and str(folder / "model.safetensors") in message
+    folder, _ = write_folder(tmp_path / "large", "qwen2")
+    change_weights(folder, lambda w: w[name].view(-1).__setitem__(77, 1e5))
+    load(folder, "cpu", torch.bfloat16)
+    assert name in refusal(ValueError, load, folder, "cpu", torch.float16)  # whose largest number is 65504
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_different_matrices_are_not_tied(tmp_path, family):
+    """A head that was trained by itself, under a config that says it is the embedding: one of them would be lost."""
+    folder, _ = write_folder(tmp_path, family)
+    head = load_file(folder / "model.safetensors")[EMBED] + 1.0
+    change_weights(folder, lambda w: w.update({HEAD: head}))
+    assert "tie_word_embeddings" in refusal(ValueError, load, folder)
+    edit_json(folder / "config.json", **{"tie_word_embeddings": False, "tie_embedding": ...})  # the advice works
+    assert_equal_logits(folder, AutoModelForCausalLM.from_pretrained(folder).eval())
+
+
+def test_plain_weights_under_a_leftover_quantization_config_are_plain(tmp_path, capsys):
+    """A model that was merged in 16 bits. What is saved says nothing of 4 bits: others would take it for packed."""
+    folder, theirs = write_folder(tmp_path / "before", "llama")
+    for key in ("quantization_config", "quantization"):
+        edit_json(folder / "config.json", **{key: {"quant_method": "bitsandbytes", "load_in_4bit": True}})
+    ours, _ = load(folder, "cpu")
+    assert "quantization_config" in capsys.readouterr().err
+    save(ours, None, tmp_path / "after")
+    assert not {"quantization_config", "quantization"} & read_json(tmp_path / "after" / "config.json").keys()
+    assert_equal_logits(tmp_path / "after", theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float8_e4m3fn])
+def test_packed_weights_are_refused_as_such(whole, tmp_path, dtype):
+    folder = broken(whole, tmp_path)
+    change_weights(folder, lambda w: w.update({NORM: torch.ones(32).to(dtype)}))
+    message = refusal(ValueError, load, folder)
+    assert NORM in message and "quantised" in message
 
 
 def test_a_missing_weight_is_named(whole, tmp_path):
@@ -952,11 +1039,123 @@ def test_a_missing_shard_is_named(whole, tmp_path):
     assert str(shard) in refusal(FileNotFoundError, load, folder)
 
 
-@pytest.mark.parametrize("text", ["{", "{}"], ids=["cut", "no weight_map"])
+@pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": {"model.norm.weight": 5}}', '{"weight_map": {}}'],
+                         ids=["cut", "no weight_map", "a number", "empty"])
 def test_a_broken_index_is_named(whole, tmp_path, text):
     folder = broken(whole, tmp_path, "sharded")
     (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     assert str(folder / "model.safetensors.index.json") in refusal(ValueError, load, folder)
+
+
+def test_shards_may_have_any_name(tmp_path):
+    """The index gives the names; transformers 4 wrote other ones than 5, and people rename files."""
+    folder, theirs = write_folder(tmp_path, "qwen2", shards=True)
+    index = folder / "model.safetensors.index.json"
+    text = index.read_text(encoding="utf-8")
+    for i, shard in enumerate(sorted(folder.glob("model-*.safetensors"))):
+        (folder / "parts").mkdir(exist_ok=True)
+        shard.rename(folder / "parts" / f"weights.{i}.safetensors")
+        text = text.replace(shard.name, f"parts/weights.{i}.safetensors")
+    index.write_text(text, encoding="utf-8")
+    assert_equal_logits(folder, theirs)
+
+
+def test_the_hub_is_asked_for_the_shards_that_the_index_names(whole, tmp_path, monkeypatch):
+    """Whatever they are called; and for none of them where there is a single file."""
+    here, asked = tmp_path / "cache", []
+
+    def fetch(name, allow_patterns, **_):
+        asked.append(allow_patterns)
+        for file in source.iterdir():
+            if file.name in allow_patterns:
+                here.mkdir(exist_ok=True)
+                shutil.copy(file, here / file.name)
+        return os.fspath(here)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    source = shutil.copytree(whole / "sharded", tmp_path / "hub")
+    index = source / "model.safetensors.index.json"
+    for shard in source.glob("model-*.safetensors"):
+        shard.rename(source / f"odd.{shard.name}")
+    index.write_text(index.read_text(encoding="utf-8").replace('"model-', '"odd.model-'), encoding="utf-8")
+    load("somebody/a-model", "cpu")
+    assert len(asked) == 2 and any(name.startswith("odd.model-") for name in asked[1])
+    load("somebody/a-model", "cpu")
+    assert len(asked) == 3  # what is here is not asked for again
+    shutil.rmtree(here)
+    source = whole / "single"
+    load("somebody/a-model", "cpu")
+    assert len(asked) == 4 and not any("*" in name for name in asked[3])
+    shutil.rmtree(here)
+    source = tmp_path / "pickled"
+    source.mkdir()
+    (source / "config.json").write_text("{}", encoding="utf-8")
+    assert "has no model.safetensors" in refusal(OSError, load, "somebody/a-model", "cpu")
+
+
+def test_a_folder_that_is_something_else_is_called_by_its_name(whole, tmp_path):
+    folder = broken(whole, tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "pickled" in refusal(ValueError, load, folder)
+    (folder / "pytorch_model.bin").rename(folder / "model-Q4.gguf")
+    assert "GGUF" in refusal(ValueError, load, folder)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/base"}', encoding="utf-8")
+    message = refusal(ValueError, load, adapter)
+    assert "adapter of somebody/base" in message and "merge" in message
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "generation_config.json"])
+def test_what_git_leaves_without_lfs_is_called_by_its_name(whole, tmp_path, name):
+    folder = broken(whole, tmp_path)
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 988097824\n",
+                               encoding="utf-8")
+    message = refusal(ValueError, load, folder)
+    assert "git lfs pull" in message and str(folder / name) in message
+
+
+# --- where a text begins and ends -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("config", [{"eos_token_id": 0}, {"eos_token_id": None}, {"eos_token_id": ...}], ids=str)
+@pytest.mark.parametrize("generation", [None, {"eos_token_id": [1, 0]}, {"eos_token_id": 3}, {"temperature": 0.7}],
+                         ids=str)
+@pytest.mark.parametrize("own", ["<|im_end|>", {"content": "<|im_end|>", "__type": "AddedToken"}, None], ids=str)
+def test_generation_stops_where_it_stops_in_trl(tmp_path, family, config, generation, own):
+    """At the model's generation config, which replaces config.json, and at the tokenizer's own end token."""
+    folder, _ = write_folder(tmp_path, family)
+    edit_json(folder / "config.json", **config)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+    byte_bpe().save(str(folder / "tokenizer.json"))
+    words = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": own}
+    (folder / "tokenizer_config.json").write_text(json.dumps(words), encoding="utf-8")
+    ids = AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
+    want = {*([ids] if isinstance(ids, int) else ids or []), AutoTokenizer.from_pretrained(folder).eos_token_id}
+    assert set(load(folder, "cpu")[0].config.eos_token_ids) == want - {None}
+
+
+@pytest.mark.parametrize("config, generation, own, bos", [
+    ({"bos_token_id": 5}, {"bos_token_id": 6}, None, 6),  # generation_config.json comes first
+    ({"bos_token_id": 5}, {"eos_token_id": 2}, None, 5),
+    ({"bos_token_id": None}, {"eos_token_id": 2}, "<|im_start|>", 1),  # then the tokenizer
+    ({"bos_token_id": None}, {"eos_token_id": 2}, None, 0),  # Qwen: <|endoftext|>, not the <|im_end|> that ends a turn
+    ({"bos_token_id": 99}, None, None, 0),  # a number that the model has no row for is none
+], ids=str)
+def test_a_text_begins_with_the_token_that_the_files_name(tmp_path, config, generation, own, bos):
+    """What SQUISH puts in front of a document."""
+    folder, _ = write_folder(tmp_path, "qwen2", eos_token_id=2)
+    edit_json(folder / "config.json", **config)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+    byte_bpe().save(str(folder / "tokenizer.json"))
+    words = {"bos_token": own, "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(words), encoding="utf-8")
+    assert load(folder, "cpu")[0].config.bos_token_id == bos
 
 
 def test_a_broken_tokenizer_is_named(whole, tmp_path):
