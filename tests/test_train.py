@@ -4,12 +4,15 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from tokenizers import Tokenizer
 import eval as evaluation
 import train
 from model import Transformer, load, read_config, save
-from plumbing.cli import open_run
+from plumbing.cli import Stop, open_run
 from plumbing.posts import TINY, load_posts, load_split
 from rewards import GROUP_REWARDS, REWARDS
 from task import batch_of
@@ -114,10 +117,13 @@ def test_a_killed_run_resumes_bit_for_bit(small, whole, cwd):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
-def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(small, whole, cwd):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(small, whole, cwd, name):
+    """And so do a scheduler and a closing terminal, which signal twice at times."""
     process = start(cwd, "--model", str(small), "--run", "r", *SMALL)
     wait_for_step(process, cwd / "runs" / "r", 4)
-    process.send_signal(signal.SIGINT)
+    for _ in range(1 if name == "SIGINT" else 2):
+        process.send_signal(getattr(signal, name))
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "--run r --resume" in out and "Traceback" not in out, out
     stopped = len(lines(cwd / "runs" / "r" / "metrics.jsonl"))
@@ -417,7 +423,8 @@ def finished(small, tmp_path_factory) -> Path:
     rows = [json.dumps({"document": f"Post number {i} about a cat.", "summary": f"A cat, {i}."}) for i in range(40)]
     (cwd / "posts.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     shutil.copytree(small, cwd / "m")
-    with contextlib.chdir(cwd):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
         assert train.main(["--model", "m", "--data", "posts.jsonl", "--run", "r", *SMALL, "--stages", "length:6"]) == 0
     return cwd
 
@@ -598,3 +605,89 @@ def test_the_completions_of_a_step_that_fails_are_kept(halfway, capsys, monkeypa
     rows = lines(halfway / "failed.jsonl")
     assert [row["step"] for row in rows] == [4, 4] and [len(row["completions"]) for row in rows] == [4, 4]
     assert seen[0] in rows[0]["completions"]
+
+
+# --- nobody listens, nothing can be drawn -----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
+def test_nohup_is_obeyed():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.asked
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_system_without_these_signals_and_a_thread_have_a_stop_too(monkeypatch):
+    for name in ("SIGHUP", "SIGBREAK"):
+        monkeypatch.delattr(signal, name, raising=False)
+    with Stop() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked
+    entered = []
+
+    def elsewhere():
+        with Stop() as stop:
+            entered.append(stop.asked)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert entered == [False]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the shell of Windows has no such redirections")
+@pytest.mark.parametrize("shell", ["| head -1", ">&-", ">&- 2>&-", "| (read line)"])
+def test_a_run_goes_on_when_nobody_reads_what_it_says(small, cwd, shell):
+    command = shlex.join([sys.executable, str(ROOT / "train.py"), "--model", str(small), "--run", "r", *SMALL,
+                          "--stages", "length:6"])
+    done = subprocess.run(f"{{ {command}; echo $? > code; }} {shell}", shell=True, cwd=cwd, text=True,
+                          capture_output=True)
+    assert (cwd / "code").read_text(encoding="utf-8") == "0\n" and done.stderr == ""
+    assert [row["step"] for row in lines(cwd / "runs/r/metrics.jsonl")] == list(range(1, 7))
+    assert (cwd / "runs/r/curves.png").exists() and (cwd / "runs/r/model/model.safetensors").exists()
+
+
+def test_a_notebook_s_backend_does_no_harm(finished, cwd):
+    """Of a matplotlib that is elsewhere; and the one that is chosen here stays as it is."""
+    shutil.copytree(finished / "runs" / "r", "r")
+    Path("r/curves.png").unlink()
+    code = ("from pathlib import Path; from plumbing.curves import draw_curves; import os\n"
+            "draw_curves(Path('r'), 6, [6]); print(os.environ['MPLBACKEND'])")
+    backend = "module://not_here.backend_inline"
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True,
+                          env=os.environ | {"MPLBACKEND": backend, "PYTHONPATH": str(ROOT)})
+    assert done.stdout == backend + "\n" and Path("r/curves.png").read_bytes().startswith(b"\x89PNG"), done.stderr
+
+
+def test_a_run_whose_curves_cannot_be_drawn_is_not_a_failed_run(halfway, capsys, monkeypatch):
+    (halfway / "curves.png").unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it is an ImportError
+    assert train.main(["--resume", "--run", "r"]) == 0
+    out = capsys.readouterr().out
+    assert "The curves could not be drawn (" in out and "python train.py --run r --resume draws them" in out
+    assert "Look at" not in out and "The model is in runs/r/model" in out
+    monkeypatch.undo()
+    monkeypatch.chdir(halfway.parent.parent)
+    assert train.main(["--resume", "--run", "r"]) == 0  # as the sentence says
+    assert (halfway / "curves.png").exists()
+    assert untimed(halfway / "metrics.jsonl") == untimed(Path("whole/metrics.jsonl"))
+
+
+def test_a_clock_that_is_set_back_is_not_seen(halfway, monkeypatch):
+    """As when a laptop wakes up and asks for the time."""
+    now = iter(range(10 ** 9, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    assert train.main(["--resume", "--run", "r"]) == 0
+    assert all(0 < row["seconds"] < 100 and row["tokens_per_s"] > 0 for row in lines(halfway / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("more", [[], ["--lean"], ["--lora", "2"]])
+def test_a_seed_may_be_the_time_in_nanoseconds(small, cwd, more):
+    args = ["--model", str(small), *SMALL, "--stages", "length:2", "--seed", "1795" + 15 * "0", "--run", "r"]
+    assert train.main([*args, *more]) == 0
