@@ -60,7 +60,7 @@ def add_lora(model: Transformer, rank: int, alpha: float, targets: Sequence[str]
     if any(m.lora_A is not None for m in layers.values()):
         raise ValueError("This model has adapters already: merge_lora them first.")
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)  # one for all adapters, drawn in the model's order
+    generator = torch.Generator().manual_seed(seed % 2 ** 63)  # one for all adapters, drawn in the model's order
     for name, m in layers.items():
         if last_part(name) in targets or name in targets:
             (out, size), device = m.weight.shape, m.weight.device

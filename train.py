@@ -27,8 +27,8 @@ from lora import add_lora, merge_lora, save_adapters
 from model import Cache, load, pad, save
 from plumbing import memory
 from plumbing.adamw import AdamW, spare_norms
-from plumbing.checkpoint import kept_when_alone, load_checkpoint, save_checkpoint, stage_copy
-from plumbing.cli import Stop, open_run, read_arguments
+from plumbing.checkpoint import kept_when_alone, load_checkpoint, made_of, save_checkpoint, stage_copy
+from plumbing.cli import Stop, complain, open_console, open_run, read_arguments
 from plumbing.curves import draw_curves
 from plumbing.device import Lies, check_device
 from plumbing.exploded import remedy
@@ -46,7 +46,7 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     a stage is paid by it. The last two are frozen. Under LoRA all three share one set of weights, unless --references
     or --stage-ref previous asks for others.
     """
-    begun = time.time()
+    begun = time.monotonic()
     stages = parse_stages(config.stages)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     free = memory.cap_memory(device)
@@ -55,6 +55,9 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     model, tokenizer = load_policy(config)
     posts, held_out, longest = choose_posts(config, stages, model, tokenizer)
     ref_model, scorers = frozen_models(config, stages, model, tokenizer)
+    begun_with = made_of(folder, posts, held_out, longest, {
+        "base model": model if config.lora else ref_model,
+        **{f"model {n} that measures squish": scorer for n, (scorer, _) in enumerate(scorers, 1)}})
     make_fast_or_small(config, model, ref_model)
     check_device(model, min(longest, key=len), sample, grpo.group_logprobs)  # nothing on the CPU
     rehearse_largest_step(model, ref_model, longest, config, free)
@@ -62,7 +65,7 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     # A run is its weights, the optimizer's moments and a step number. All else follows from the seed and the step, so a
     # resumed run repeats the uninterrupted one bit for bit.
     step = load_checkpoint(folder, model, optimizer) if resume else 0
-    log = Log(folder, config, stages, step, task.describe_goal(config))
+    log = Log(folder, config, stages, step, task.describe_goal(config), begun_with)
     log.begin(model, posts, held_out)
 
     def held_out_summaries() -> dict:
@@ -88,7 +91,7 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     if config.lora:
         save_adapters(model, folder / "adapter", TINY if config.model == "tiny" else config.model)
     draw_curves(folder, config.target, [stage.end for stage in stages])
-    log.finish(time.time() - begun, memory.peak(device))
+    log.finish(time.monotonic() - begun, memory.peak(device))
 
 
 def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, ref_model, tokenizer, posts, scorers,
@@ -97,7 +100,7 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
 
     Returns the step that was reached."""
     while step < stage.end:
-        clock = time.time()
+        clock = time.monotonic()
         for parameters in optimizer.param_groups:
             parameters["lr"] = learning_rate(step, total, config)
 
@@ -110,20 +113,21 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
                         stop_text=task.CLOSE if task.has_tag(config.template) else "")
         # 3. Each summary gets a number. Any function of the text will do, for no gradient goes through it: the loss
         #    asks only how much better than its own group a summary was.
-        with kept_when_alone(folder, model, optimizer, step):  # a reward may ask a server, which may go away
+        # What was written is kept if the rest fails; a reward may also ask a server, which may go away.
+        with log.keeping(step + 1, groups), kept_when_alone(folder, model, optimizer, step):
             line = task.score(groups, tasks, stage.reward, config, tokenizer, scorers)
-        # 4. Summaries that did better than their own group become likelier, the others less likely: not too far from
-        #    the policy that wrote them (the clip), nor from the reference model (the KL).
-        try:
-            line |= grpo.update(model, ref_model, groups, optimizer, config)
-        except FloatingPointError as e:
-            advice = remedy(model, [r for group in groups for r in group.rewards], config, first=step == 0)
-            raise last_good_weights(e, advice, folder, model, tokenizer, optimizer, step + 1) from e
+            # 4. Summaries that did better than their own group become likelier, the others less likely: not too far
+            #    from the policy that wrote them (the clip), nor from the reference model (the KL).
+            try:
+                line |= grpo.update(model, ref_model, groups, optimizer, config)
+            except FloatingPointError as e:
+                advice = remedy(model, [r for group in groups for r in group.rewards], config, first=step == 0)
+                raise last_good_weights(e, advice, folder, model, tokenizer, optimizer, step + 1) from e
 
         # 5. Say what happened, and now and then write down all that is needed to go on from here.
         step += 1
         line["n_tokens"] = sum(int(group.mask.sum()) for group in groups)
-        log.step(step, stage, line, time.time() - clock)
+        log.step(step, stage, line, time.monotonic() - clock)
         if stop.asked or step % config.save_every == 0 or step == stage.end:
             save_checkpoint(folder, model, optimizer, step)
         if stop.asked:
@@ -277,22 +281,19 @@ def make_optimizer(config: Config, model) -> torch.optim.Optimizer:
 def main(argv: list[str] | None = None) -> int:
     """The command -> its exit code. What a user can mend is one sentence on the screen and not a traceback."""
     config, resume, given = read_arguments(Config, argv, __doc__.partition("\nShapes")[0])
-    sys.stdout.reconfigure(errors="replace")  # a console that cannot show an emoji should not end the run
+    open_console()
     try:
         check(config)
         parse_stages(config.stages)
-        config, folder = open_run(config, resume, given)
-        with Stop() as stop:
+        with open_run(config, resume, given) as (config, folder), Stop() as stop:
             train(config, folder, resume, stop)
     except (ValueError, OSError, FloatingPointError, memory.Full, Lies) as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        return 1
+        return complain(str(e))
     except (RuntimeError, MemoryError) as e:
         if not memory.is_full(e):
             raise
-        print("train.py: Out of memory. Lower --micro-tokens or --prompts, add --checkpointing or --lean, or take a "
-              "smaller model; what was saved is good, and --resume goes on from it.", file=sys.stderr)
-        return 1
+        return complain("Out of memory. What was saved is good: go on from it with --resume, --checkpointing and a "
+                        "lower --micro-tokens. A new run can take fewer --prompts, --lean or a smaller model.")
     return 0
 
 

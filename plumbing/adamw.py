@@ -55,7 +55,7 @@ class AdamW(torch.optim.Optimizer):
                 noise = None
                 if p.dtype == torch.bfloat16:
                     # One slice's worth for all slices of the parameter: numbers this far apart may round alike.
-                    seed = group["seed"] * 1_000_003 + t * 10_007 + number
+                    seed = (group["seed"] * 1_000_003 + t * 10_007 + number) % 2 ** 63  # all that torch takes
                     noise = torch.randint(2 ** 16, (3, min(SLICE, p.numel())), device=p.device, dtype=torch.int32,
                                           generator=torch.Generator(p.device).manual_seed(seed))  # [3, slice]
                 flat = [x.view(-1) for x in (p, p.grad.contiguous(), state["m"], state["v"])]  # [numel] each

@@ -1,12 +1,24 @@
 """The command line: a dataclass becomes flags, a run's folder is opened or gone on with, Ctrl-C ends it in order."""
 
 import argparse
+import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from plumbing.checkpoint import check_that_it_can_go_on
 from plumbing.folder import read_json
+from plumbing.log import say
+
+LOCK = Path("checkpoint") / "lock"  # in a run's folder
+# What a resumed run may change: memory and habits. No result depends on it, but in the last bits.
+FREE = ("micro_tokens", "checkpointing", "save_every", "print_every")
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,45 +54,116 @@ def read_arguments(kind: type, argv: list[str] | None, description: str) -> tupl
     return kind(**given), resume, given
 
 
-def open_run(config, resume: bool, given: dict) -> tuple:
-    """(the config that counts, the run's folder), new or to be resumed. `given`: the flags of this command line."""
+@contextmanager
+def open_run(config, resume: bool, given: dict) -> Iterator[tuple]:
+    """(the config that counts, the run's folder), new or to be resumed. `given`: the flags of this command line.
+
+    The folder is held as long as the block goes on: a second train.py, started in the same second or by mistake, gets
+    another name, or a sentence. A run that is refused before it has written anything leaves no folder.
+    """
     runs = Path("runs")
     if resume:
-        known = sorted(runs.glob("*/config.json"), key=lambda p: p.stat().st_mtime)
-        folder = runs / config.run if config.run else known[-1].parent if known else runs / "?"
-        if not (folder / "config.json").exists():
-            raise FileNotFoundError(f"There is no run {folder} to resume; there are: "
-                                    f"{', '.join(p.parent.name for p in known) or 'none'}.")
-        saved = {name: tuple(value) if isinstance(value, list) else value
-                 for name, value in read_json(folder / "config.json").items()}
-        for name, value in given.items():
-            if name != "run" and saved.get(name) != value:
-                raise ValueError(f"{folder} was begun with {name} = {saved.get(name)}, not {value}: a resumed run "
-                                 f"keeps its settings. Leave the flag out, or start another run.")
-        return type(config)(**{f.name: saved[f.name] for f in fields(config) if f.name in saved}), folder
-    if not config.run:
-        base, n = Path(config.model).name, 1
-        while (runs / f"{base}-{n}").exists():
-            n += 1
-        config.run = f"{base}-{n}"
-    folder = runs / config.run
-    if (folder / "config.json").exists():
-        raise FileExistsError(f"{folder} is there already: go on with --resume, or take another --run.")
-    return config, folder
+        config, folder = run_to_resume(config, given, runs)
+        lock = hold(folder)
+    elif config.run:
+        folder = runs / config.run
+        lock = hold(folder)
+    else:
+        folder, lock = hold_the_first_free(runs, Path(config.model).name)
+        config.run = folder.name
+    try:
+        if resume:
+            check_that_it_can_go_on(folder)
+        elif (folder / "config.json").exists():
+            raise FileExistsError(f"{folder} is there already: go on with --resume, or take another --run.")
+        yield config, folder
+    finally:
+        lock.release()
+        with suppress(OSError):  # the first folder that is not empty ends it
+            if os.listdir(folder / LOCK.parent) == [LOCK.name]:  # there is no checkpoint
+                (folder / LOCK).unlink()
+                for empty in (folder / LOCK.parent, folder, runs):
+                    empty.rmdir()
+
+
+def run_to_resume(config, given: dict, runs: Path) -> tuple:
+    """The settings with which a run was begun, and its folder."""
+    known = sorted(runs.glob("*/config.json"), key=lambda p: p.stat().st_mtime)
+    folder = runs / config.run if config.run else known[-1].parent if known else runs / "?"
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"There is no run {folder} to resume; there are: "
+                                f"{', '.join(p.parent.name for p in known) or 'none'}.")
+    saved = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in read_json(folder / "config.json").items()}
+    for name, value in given.items():
+        if name not in ("run", *FREE) and saved.get(name) != value:
+            raise ValueError(f"{folder} was begun with {name} = {saved.get(name)}, not {value}: a resumed run keeps "
+                             f"its settings, but for {', '.join('--' + n.replace('_', '-') for n in FREE)}. Leave the "
+                             f"flag out, or start another run.")
+    kept = {f.name: saved[f.name] for f in fields(config) if f.name in saved}
+    return type(config)(**kept | {name: given[name] for name in FREE if name in given}), folder
+
+
+def hold(folder: Path) -> FileLock:
+    """A lock on a run's folder, which is made if need be. It ends with the process, however that ends."""
+    (folder / LOCK).parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as e:
+        raise FileExistsError(f"{folder} is in use by another train.py: wait until it has ended, or take another "
+                              f"--run.") from e
+    return lock
+
+
+def hold_the_first_free(runs: Path, base: str) -> tuple[Path, FileLock]:
+    """Of runs/BASE-1, runs/BASE-2, ... the first that is not there yet, made and held."""
+    n = 1
+    while True:
+        folder = runs / f"{base}-{n}"
+        with suppress(FileExistsError):  # where another process makes it at this moment, too
+            folder.mkdir(parents=True)
+            return folder, hold(folder)
+        n += 1
 
 
 class Stop:
-    """Ctrl-C: the first one ends the run after its step, the second one at once."""
+    """Ctrl-C ends the run after its step, the second one at once. A scheduler that wants the machine back (SIGTERM)
+    and a terminal that is closed (SIGHUP) end it after its step, too; they often signal twice, which means no more.
+    """
 
     def __enter__(self):
-        self.asked, self.before = False, signal.signal(signal.SIGINT, self.ask)
+        self.asked, self.before = False, {}
+        if threading.current_thread() is threading.main_thread():  # no other thread hears signals
+            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):  # no system has all of them
+                number = getattr(signal, name, None)
+                # nohup has asked that SIGHUP be ignored.
+                if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+                    self.before[number] = signal.signal(number, self.ask)
         return self
 
     def __exit__(self, *_) -> None:
-        signal.signal(signal.SIGINT, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
-    def ask(self, *_) -> None:
-        if self.asked:
+    def ask(self, number: int, _) -> None:
+        if self.asked and number == signal.SIGINT:
             sys.exit("\nStopped at once. The last checkpoint is good; go on with --resume.")
-        self.asked = True
-        print("\nStopping after this step (again to stop at once) ...", flush=True)
+        if not self.asked:
+            self.asked = True
+            say("\nStopping after this step (Ctrl-C again to stop at once) ...")
+
+
+def open_console() -> None:
+    """A screen that cannot show an emoji, or no screen at all, should not end a run."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before the start: the next file would get its number, and its prints
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(getattr(sys, name), "reconfigure"):  # a notebook's has not
+            getattr(sys, name).reconfigure(errors="replace")
+
+
+def complain(text: str) -> int:
+    """What went wrong, on stderr -> the exit code."""
+    say(f"train.py: {text}", sys.stderr)
+    return 1

@@ -6,11 +6,14 @@ number in them is explained in docs/read-your-run.md.
 
 import dataclasses
 import json
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
 
-from plumbing.folder import write_text
+from plumbing.folder import read_json, write_text
 from plumbing.words import find_wordnet, how_to_get_wordnet
 
 # The progress line: key of metrics.jsonl, title, width, format.
@@ -25,28 +28,63 @@ COLUMNS = (("reward", "reward", 7, "{:.3f}"), ("length", "length", 6, "{:.1f}"),
 class Log:
     """The run's files and the lines on the screen."""
 
-    def __init__(self, folder: Path, config, stages: list, step: int, goal: str):
-        """`goal`: the task in a few words."""
+    def __init__(self, folder: Path, config, stages: list, step: int, goal: str, made_of: dict | None = None):
+        """`goal`: the task in a few words. `made_of`: what decides the result beside the settings."""
         self.folder, self.config, self.stages, self.total = folder, config, stages, stages[-1].end
         self.goal = goal
         self.recent: list[dict] = []
         self.shown = 0
         self.first = self.last = step
-        if not (folder / "config.json").exists():
-            # METEOR's values depend on whether there are synonyms, so a run says where it got them.
-            text = json.dumps(dataclasses.asdict(config) | {"wordnet": str(find_wordnet() or "")}, indent=2) + "\n"
-            write_text(folder / "config.json", text)
-        # What was logged after the checkpoint is about to happen again, and so is an evaluation that was not finished.
-        kept = {name: [row for row in read_lines(folder / f"{name}.jsonl") if row["step"] <= step]
-                for name in ("metrics", "eval", "samples")}
+        # METEOR's values depend on whether there are synonyms, so a run says where it got them.
+        saved = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+        saved |= dataclasses.asdict(config) | {"wordnet": str(find_wordnet() or ""), "made_of": made_of or {}}
+        write_text(folder / "config.json", json.dumps(saved, indent=2) + "\n")
+        kept = self.take_up(step)
         self.rows, self.warned = kept["metrics"], False
         self.evaluated = {(row["step"], row["stage"]) for row in kept["eval"]}
-        kept["samples"] = [row for row in kept["samples"] if (row["step"], row["stage"]) in self.evaluated]
         for name, rows in kept.items():
             write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
+    def take_up(self, step: int) -> dict[str, list[dict]]:
+        """The lines that are kept of each file when the run goes on after `step`. What is missing is said later.
+
+        What was logged after the checkpoint is about to happen again, and so is an evaluation that was not finished.
+        """
+        kept, self.lost = {}, []
+        for name in ("metrics", "eval", "samples"):
+            rows, broken = read_rows(self.folder / f"{name}.jsonl")
+            kept[name] = [row for row in rows if row["step"] <= step]
+            if broken:
+                self.lost.append(f"{name}.jsonl: {few('line', broken)} could not be read and {are(broken)} left out")
+        if step and (gone := sorted(set(range(1, step + 1)) - {row["step"] for row in kept["metrics"]})):
+            self.lost.append(f"metrics.jsonl has no line of {few('step', gone)}")
+        shown = {(row["step"], row["stage"]) for row in kept["samples"]}
+        # An evaluation of this very step is done again where its summaries are gone; one of an earlier step cannot be.
+        kept["eval"] = [row for row in kept["eval"] if row["step"] < step or (row["step"], row["stage"]) in shown]
+        evaluated = {(row["step"], row["stage"]) for row in kept["eval"]}
+        kept["samples"] = [row for row in kept["samples"] if (row["step"], row["stage"]) in evaluated]
+        for name, found in (("eval", evaluated), ("samples", shown)):
+            gone = [n for n, at in enumerate((0, *(stage.end for stage in self.stages))) if at < step
+                    and (at, n) not in found]
+            if gone:
+                self.lost.append(f"{name}.jsonl lacks the evaluation {' and '.join(map(moment, gone))}")
+        return kept
+
     def say(self, text: str) -> None:
-        print(text, flush=True)
+        say(text)
+
+    @contextmanager
+    def keeping(self, step: int, groups: Sequence) -> Iterator[None]:
+        """Completions are dear: where the block fails, in a reward or in the update, failed.jsonl has them."""
+        try:
+            yield
+        except Exception:
+            path = self.folder / "failed.jsonl"
+            with suppress(OSError):  # the first error is the one to be told
+                write_text(path, "".join(json.dumps({"step": step, "completions": list(group.texts)}) + "\n"
+                                         for group in groups))
+                say(f"Step {step} failed. What had been written in it is in {path}.")
+            raise
 
     def append(self, name: str, row: dict) -> None:
         path = self.folder / f"{name}.jsonl"
@@ -70,6 +108,8 @@ class Log:
                      f"METEOR matches equal words and stems, no synonyms.")
         if self.first:
             self.say(f"Resumed after step {self.first}.")
+        if self.lost:
+            self.say("The log was damaged: " + "; ".join(self.lost) + ". All other lines are kept.")
 
     def evaluation(self, step: int, stage: int, evaluate: Callable[[], dict], held_out: list) -> None:
         """Evaluate once per (step, stage), even when the run was killed right after."""
@@ -84,14 +124,14 @@ class Log:
                 self.append("samples", {"step": step, "stage": stage, "document": post.document,
                                         "reference": post.reference, **row})
             self.append("eval", {"step": step, "stage": stage, **r})
-        self.say(f"  held out, greedy, {'before training' if stage == 0 else f'after stage {stage}'}: "
+        self.say(f"  held out, greedy, {moment(stage)}: "
                  + describe(read_lines(self.folder / "eval.jsonl")[-1]))
         self.shown = 0
 
     def step(self, step: int, stage, line: dict, seconds: float) -> None:
         """One line in metrics.jsonl for every step; one on the screen for every few, their mean."""
         row = {"step": step, "stage": stage.number, **line, "kl": line.get("kl"),
-               "tokens_per_s": line["n_tokens"] / seconds, "seconds": seconds}
+               "tokens_per_s": line["n_tokens"] / max(seconds, 1e-9), "seconds": seconds}
         del row["n_tokens"]
         self.append("metrics", row)
         self.recent.append(row)
@@ -143,11 +183,12 @@ class Log:
             self.say(f"\n  post       {before['document']}\n  reference  {before['reference']}\n"
                      f"  before     {before['summary']} [{grade(before)}]\n"
                      f"  after      {after['summary']} [{grade(after)}]")
-        self.say(f"\nheld-out greedy summaries, {self.goal}"
-                 f"\n  before  {describe(evals[0])}\n  after   {describe(evals[-1])}"
+        before = "".join(f"\n  before  {describe(row)}" for row in evals[:1] if row["stage"] == 0)
+        curves = f"Look at {self.folder / 'curves.png'}; the" if (self.folder / "curves.png").exists() else "The"
+        self.say(f"\nheld-out greedy summaries, {self.goal}{before}\n  after   {describe(evals[-1])}"
                  f"\nDone in {int(seconds // 60)}:{int(seconds % 60):02d}"
                  + ("" if peak is None else f", with at most {peak:.1f} GiB of memory")
-                 + f". Look at {self.folder / 'curves.png'}; the model is in {self.folder / 'model'}.")
+                 + f". {curves} model is in {self.folder / 'model'}.")
 
 
 def grade(row: dict) -> str:
@@ -180,12 +221,53 @@ def paid(r: dict, ending: str = "") -> str:
     return f"reward {r['reward' + ending]:.3f}" + (f" ({listed})" if len(parts) > 1 else "")
 
 
+def moment(stage: int) -> str:
+    return "before training" if stage == 0 else f"after stage {stage}"
+
+
+def few(what: str, numbers: list[int]) -> str:
+    """Numbers in a sentence.
+
+    >>> few("step", [3]), few("step", [7, 8, 9, 12])
+    ('step 3', '4 steps (7 to 12)')
+    """
+    return f"{what} {numbers[0]}" if len(numbers) == 1 else f"{len(numbers)} {what}s ({numbers[0]} to {numbers[-1]})"
+
+
+def are(numbers: list[int]) -> str:
+    return "is" if len(numbers) == 1 else "are"
+
+
 def read_lines(path: Path) -> list[dict]:
-    """The whole lines of a JSONL file; a last one cut by a kill is no line."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    """The whole lines of a run's JSONL file; none where there is no file."""
+    return read_rows(path)[0]
+
+
+def read_rows(path: Path) -> tuple[list[dict], list[int]]:
+    """-> (the whole lines, the numbers of those that cannot be read). A last one cut by a kill is no line."""
+    rows, broken = [], []
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+            row = json.loads(line)
+            if not (isinstance(row, dict) and isinstance(row.get("step"), int) and "stage" in row):
+                raise ValueError("no line of a log")
+            rows.append(row)
+        except (ValueError, RecursionError):  # also of bytes that are no UTF-8
+            if line.strip() and number < len(lines):
+                broken.append(number)
+    return rows, broken
+
+
+def say(text: str, stream=None) -> None:
+    """Print a line. Nobody may be there to read it: `| head` ends, a terminal is closed. The run goes on then."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except RuntimeError:  # a signal came while something was being printed: its line is not worth more
+        pass
+    except (OSError, ValueError):  # a pipe that broke, a file that was closed
+        with suppress(OSError, ValueError, AttributeError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())  # so what is still in the buffer, and what comes, goes there
+            os.close(nowhere)

@@ -4,12 +4,15 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +25,7 @@ import eval as evaluation
 import train
 from config import Config
 from model import Transformer, load, read_config, save
+from plumbing.cli import Stop, open_run
 from plumbing.folder import file_parameters
 from plumbing.posts import TINY, load_posts, load_split
 from rewards import GROUP_REWARDS, REWARDS
@@ -115,10 +119,13 @@ def test_a_killed_run_resumes_bit_for_bit(small, whole, cwd):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
-def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(small, whole, cwd):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(small, whole, cwd, name):
+    """And so do a scheduler and a closing terminal, which signal twice at times."""
     process = start(cwd, "--model", str(small), "--run", "r", *SMALL)
     wait_for_step(process, cwd / "runs" / "r", 4)
-    process.send_signal(signal.SIGINT)
+    for _ in range(1 if name == "SIGINT" else 2):
+        process.send_signal(getattr(signal, name))
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "--run r --resume" in out and "Traceback" not in out, out
     stopped = len(lines(cwd / "runs" / "r" / "metrics.jsonl"))
@@ -416,3 +423,317 @@ def test_evaluation_does_not_depend_on_its_batches(small):
     assert [r["summary"] for r in one["summaries"]] == [r["summary"] for r in many["summaries"]]
     assert [r["id"] for r in many["summaries"]] == [p.id for p in posts]
     assert one["length"] == sum(r["length"] for r in one["summaries"]) / 7
+
+
+# --- one folder, one process ------------------------------------------------------------------------------------------
+
+
+def test_runs_that_start_at_once_get_folders_of_their_own(small, cwd):
+    """Without --run, the next free name each; with the same --run, one of them gets a sentence."""
+    args = ["--model", str(small), *SMALL, "--stages", "length:3", "--seed"]
+    three = [start(cwd, *args, str(seed)) for seed in range(3)]
+    out = [process.communicate(timeout=120)[0] for process in three]
+    assert [process.returncode for process in three] == [0, 0, 0], out
+    runs = [cwd / "runs" / f"model-{n}" for n in (1, 2, 3)]
+    assert sorted(path for path in (cwd / "runs").iterdir()) == runs
+    assert [[row["step"] for row in lines(run / "metrics.jsonl")] for run in runs] == [[1, 2, 3]] * 3
+    assert {json.loads((run / "config.json").read_text(encoding="utf-8"))["seed"] for run in runs} == {0, 1, 2}
+
+    two = [start(cwd, *args, str(seed), "--run", "same") for seed in range(2)]
+    out = [process.communicate(timeout=120)[0] for process in two]
+    assert sorted(process.returncode for process in two) == [0, 1], out
+    assert [row["step"] for row in lines(cwd / "runs" / "same" / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_run_that_goes_on_is_not_resumed_beside_itself(small, cwd, capsys):
+    """Not by --resume and not as a new run of its name; it is when its process was killed, however it was."""
+    process = start(cwd, "--model", str(small), "--run", "r", *SMALL, "--stages", "length:400")
+    wait_for_step(process, cwd / "runs" / "r", 4)
+    assert "runs/r is in use by another train.py" in refused(capsys, "--resume", "--run", "r")
+    assert "runs/r is in use by another train.py" in refused(capsys, "--model", str(small), *SMALL, "--run", "r")
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+    assert [row["step"] for row in lines(cwd / "runs/r/metrics.jsonl")][:4] == [1, 2, 3, 4]
+    with open_run(train.Config(run="r"), True, {}) as (config, folder):  # held by nobody now
+        assert config.stages == ("length:400",) and folder == Path("runs/r")
+
+
+# --- what a run was begun with ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory) -> Path:
+    """The folder in which a run of six steps, over a file of 40 posts, was made."""
+    cwd = tmp_path_factory.mktemp("finished")
+    rows = [json.dumps({"document": f"Post number {i} about a cat.", "summary": f"A cat, {i}."}) for i in range(40)]
+    (cwd / "posts.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    shutil.copytree(small, cwd / "m")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        assert train.main(["--model", "m", "--data", "posts.jsonl", "--run", "r", *SMALL, "--stages", "length:6"]) == 0
+    return cwd
+
+
+@pytest.fixture
+def halfway(finished, cwd, capsys) -> Path:
+    """That run, which --resume goes on with from its third step; whole/ is what it comes to."""
+    shutil.copytree(finished, cwd, dirs_exist_ok=True)
+    shutil.copytree("runs/r", "whole")
+    Path("runs/r/checkpoint/state.pt").unlink()  # the checkpoint before it is of step 3
+    capsys.readouterr()
+    return cwd / "runs" / "r"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def untouched(run: Path, capsys, *args: str) -> str:
+    """The sentence with which --resume is refused; nothing in the run's folder has changed."""
+    before = contents(run)
+    said = refused(capsys, "--resume", "--run", run.name, *args)
+    assert contents(run) == before
+    return said
+
+
+def test_a_run_goes_on_where_it_was_and_with_what_it_was_begun_with(halfway):
+    assert train.main(["--resume", "--run", "r"]) == 0
+    assert untimed(halfway / "metrics.jsonl") == untimed(Path("whole/metrics.jsonl"))
+    assert (halfway / "model/model.safetensors").read_bytes() == Path("whole/model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("change", ["one more", "another word", "held out"])
+def test_other_posts_are_refused(halfway, capsys, change):
+    rows = Path("posts.jsonl").read_text(encoding="utf-8").splitlines()
+    if change == "one more":
+        rows.append(rows[0])
+    elif change == "another word":
+        rows[7] = rows[7].replace("cat", "dog")
+    else:
+        rows[-1] = rows[-1].replace("cat", "dog")
+    Path("posts.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    said = untouched(halfway, capsys)
+    assert f"begun with other {'held-out posts' if change == 'held out' else 'posts'}" in said
+    assert change != "one more" or "36 (" in said and "37 (" in said  # how many there were, and are
+
+
+@pytest.mark.parametrize("more, refuses", [([], True), (["--lora", "2"], True), (["--beta", "0"], False)])
+def test_another_base_model_is_refused_where_it_decides_something(small, cwd, capsys, more, refuses):
+    """One bit of one weight. The KL is to the model that the run began with, and adapters stand on it; a run without
+    either has all of its weights in the checkpoint."""
+    shutil.copytree(small, "m")
+    args = ["--model", "m", *SMALL, "--stages", "length:6", "--stage-ref", "start", "--run", "r", *more]
+    assert train.main(args) == 0
+    Path("runs/r/checkpoint/state.pt").unlink()
+    weights = bytearray(Path("m/model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    Path("m/model.safetensors").write_bytes(weights)
+    capsys.readouterr()
+    if refuses:
+        assert "begun with other base model" in untouched(cwd / "runs" / "r", capsys)
+    else:
+        assert train.main(["--resume", "--run", "r"]) == 0
+
+
+def test_another_tokenizer_or_wordnet_is_refused(halfway, capsys, monkeypatch):
+    monkeypatch.setattr("plumbing.words._wordnet", lambda: {"data.noun": b"another edition"})
+    assert "other WordNet" in untouched(halfway, capsys)
+    monkeypatch.undo()
+    monkeypatch.chdir(halfway.parent.parent)
+    raw = json.loads(Path("m/tokenizer.json").read_text(encoding="utf-8"))
+    raw["model"]["merges"].pop(0)
+    Path("m/tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    assert "other prompts" in untouched(halfway, capsys)
+
+
+def test_flags_that_change_no_result_may_change_and_are_kept(halfway, capsys):
+    """Those that the advice about memory names, and habits."""
+    free = ["--micro-tokens", "500", "--checkpointing", "--print-every", "2", "--save-every", "1"]
+    said = untouched(halfway, capsys, *free, "--lr", "1")
+    assert "begun with lr = 0.01, not 1.0" in said and "but for --micro-tokens, --checkpointing" in said
+    assert train.main(["--resume", "--run", "r", *free]) == 0
+    now = json.loads((halfway / "config.json").read_text(encoding="utf-8"))
+    assert (now["micro_tokens"], now["checkpointing"], now["save_every"], now["print_every"]) == (500, True, 1, 2)
+    for ours, theirs in zip(lines(halfway / "metrics.jsonl"), lines(Path("whole/metrics.jsonl")), strict=True):
+        assert ours["reward"] == theirs["reward"] and ours["kl"] == pytest.approx(theirs["kl"], rel=1e-3, abs=1e-6)
+
+
+# --- checkpoints and logs that are damaged or gone --------------------------------------------------------------------
+
+
+def test_the_last_two_checkpoints_are_kept(finished):
+    states = [torch.load(finished / "runs/r/checkpoint" / name)["step"] for name in ("previous.pt", "state.pt")]
+    assert states == [3, 6] and not (finished / "runs/r/checkpoint/next-state.pt").exists()
+
+
+def test_a_bit_that_fell_over_in_a_checkpoint_is_a_sentence_and_the_one_before_it_serves(halfway, capsys):
+    """torch.load does not look at the checksums of what it reads; the archive has them."""
+    state = halfway / "checkpoint" / "state.pt"
+    content = bytearray(Path("whole/checkpoint/state.pt").read_bytes())
+    weights = torch.load(io.BytesIO(content))["model"]["embed_tokens.weight"].detach()
+    content[content.index(weights[100].numpy().tobytes()) + 2] ^= 1
+    state.write_bytes(content)
+    said = untouched(halfway, capsys)
+    assert "state.pt is damaged (the checksum of " in said
+    assert "Delete it, and --resume goes on from the one before it, previous.pt" in said
+    state.write_bytes(content[:len(content) // 2])
+    assert "state.pt is damaged" in untouched(halfway, capsys)
+    state.unlink()  # as the sentence says
+    assert train.main(["--resume", "--run", "r"]) == 0
+    assert untimed(halfway / "metrics.jsonl") == untimed(Path("whole/metrics.jsonl"))
+
+
+def test_a_run_whose_checkpoints_were_deleted_keeps_its_logs(halfway, capsys):
+    shutil.rmtree(halfway / "checkpoint")
+    before = contents(halfway)
+    said = refused(capsys, "--resume")
+    assert "a log of 6 steps, but no checkpoint/state.pt" in said and "model is in runs/r/model" in said
+    assert contents(halfway) == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(halfway):
+    shutil.rmtree(halfway / "checkpoint")
+    for name in ("metrics", "eval", "samples"):
+        rows = lines(halfway / f"{name}.jsonl")
+        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= (3 if name == "metrics" else 0))
+        (halfway / f"{name}.jsonl").write_text(kept, encoding="utf-8")
+    assert train.main(["--resume", "--run", "r"]) == 0
+    assert untimed(halfway / "metrics.jsonl") == untimed(Path("whole/metrics.jsonl"))
+
+
+def test_a_damaged_log_keeps_its_whole_lines_and_says_what_is_gone(halfway, capsys):
+    """Of six lines the second is broken; a power cut took the fourth and all after it, and left zeros."""
+    shutil.copy("whole/checkpoint/state.pt", halfway / "checkpoint/state.pt")
+    rows = (halfway / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (halfway / "metrics.jsonl").write_bytes(rows[0] + rows[1][:40] + b"\n" + rows[2] + b"\0" * 80)
+    (halfway / "eval.jsonl").unlink()
+    assert train.main(["--resume", "--run", "r"]) == 0
+    out = capsys.readouterr().out
+    assert ("The log was damaged: metrics.jsonl: line 2 could not be read and is left out; metrics.jsonl has no line "
+            "of 4 steps (2 to 6); eval.jsonl lacks the evaluation before training. All other lines are kept.") in out
+    assert [row["step"] for row in lines(halfway / "metrics.jsonl")] == [1, 3]
+    # The last evaluation is of this very step: it was done again.
+    assert lines(halfway / "eval.jsonl") == lines(Path("whole/eval.jsonl"))[1:]
+    assert "before  reward" not in out and "after   reward" in out
+
+
+def test_summaries_that_are_gone_are_made_again_where_they_can_be(halfway, capsys):
+    shutil.copy("whole/checkpoint/state.pt", halfway / "checkpoint/state.pt")
+    (halfway / "samples.jsonl").unlink()
+    assert train.main(["--resume", "--run", "r"]) == 0
+    assert "samples.jsonl lacks the evaluation before training" in capsys.readouterr().out
+    made = lines(Path("whole/samples.jsonl"))
+    assert lines(halfway / "samples.jsonl") == [row for row in made if row["stage"] == 1]
+    assert lines(halfway / "eval.jsonl") == lines(Path("whole/eval.jsonl"))
+
+
+def test_a_last_line_that_a_kill_cut_is_not_called_damage(halfway, capsys):
+    with open(halfway / "metrics.jsonl", "ab") as log:
+        log.write(b'{"step": 7, "sta')
+    assert train.main(["--resume", "--run", "r"]) == 0
+    assert "damaged" not in capsys.readouterr().out
+    assert untimed(halfway / "metrics.jsonl") == untimed(Path("whole/metrics.jsonl"))
+
+
+def test_the_completions_of_a_step_that_fails_are_kept(halfway, capsys, monkeypatch):
+    seen = []
+
+    def fails(summary):
+        seen.append(summary.text)
+        raise ValueError("my reward has no answer")
+
+    monkeypatch.setitem(REWARDS, "length", fails)
+    monkeypatch.setattr(train, "evaluate", lambda *args: pytest.fail("the run was resumed in the middle of a stage"))
+    assert train.main(["--resume", "--run", "r"]) == 1
+    captured = capsys.readouterr()
+    assert "Step 4 failed." in captured.out and "my reward has no answer" in captured.err
+    rows = lines(halfway / "failed.jsonl")
+    assert [row["step"] for row in rows] == [4, 4] and [len(row["completions"]) for row in rows] == [4, 4]
+    assert seen[0] in rows[0]["completions"]
+
+
+# --- nobody listens, nothing can be drawn -----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
+def test_nohup_is_obeyed():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.asked
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_system_without_these_signals_and_a_thread_have_a_stop_too(monkeypatch):
+    for name in ("SIGHUP", "SIGBREAK"):
+        monkeypatch.delattr(signal, name, raising=False)
+    with Stop() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked
+    entered = []
+
+    def elsewhere():
+        with Stop() as stop:
+            entered.append(stop.asked)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert entered == [False]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the shell of Windows has no such redirections")
+@pytest.mark.parametrize("shell", ["| head -1", ">&-", ">&- 2>&-", "| (read line)"])
+def test_a_run_goes_on_when_nobody_reads_what_it_says(small, cwd, shell):
+    command = shlex.join([sys.executable, str(ROOT / "train.py"), "--model", str(small), "--run", "r", *SMALL,
+                          "--stages", "length:6"])
+    done = subprocess.run(f"{{ {command}; echo $? > code; }} {shell}", shell=True, cwd=cwd, text=True,
+                          capture_output=True)
+    assert (cwd / "code").read_text(encoding="utf-8") == "0\n" and done.stderr == ""
+    assert [row["step"] for row in lines(cwd / "runs/r/metrics.jsonl")] == list(range(1, 7))
+    assert (cwd / "runs/r/curves.png").exists() and (cwd / "runs/r/model/model.safetensors").exists()
+
+
+def test_a_notebook_s_backend_does_no_harm(finished, cwd):
+    """Of a matplotlib that is elsewhere; and the one that is chosen here stays as it is."""
+    shutil.copytree(finished / "runs" / "r", "r")
+    Path("r/curves.png").unlink()
+    code = ("from pathlib import Path; from plumbing.curves import draw_curves; import os\n"
+            "draw_curves(Path('r'), 6, [6]); print(os.environ['MPLBACKEND'])")
+    backend = "module://not_here.backend_inline"
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True,
+                          env=os.environ | {"MPLBACKEND": backend, "PYTHONPATH": str(ROOT)})
+    assert done.stdout == backend + "\n" and Path("r/curves.png").read_bytes().startswith(b"\x89PNG"), done.stderr
+
+
+def test_a_run_whose_curves_cannot_be_drawn_is_not_a_failed_run(halfway, capsys, monkeypatch):
+    (halfway / "curves.png").unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it is an ImportError
+    assert train.main(["--resume", "--run", "r"]) == 0
+    out = capsys.readouterr().out
+    assert "The curves could not be drawn (" in out and "python train.py --run r --resume draws them" in out
+    assert "Look at" not in out and "The model is in runs/r/model" in out
+    monkeypatch.undo()
+    monkeypatch.chdir(halfway.parent.parent)
+    assert train.main(["--resume", "--run", "r"]) == 0  # as the sentence says
+    assert (halfway / "curves.png").exists()
+    assert untimed(halfway / "metrics.jsonl") == untimed(Path("whole/metrics.jsonl"))
+
+
+def test_a_clock_that_is_set_back_is_not_seen(halfway, monkeypatch):
+    """As when a laptop wakes up and asks for the time."""
+    now = iter(range(10 ** 9, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    assert train.main(["--resume", "--run", "r"]) == 0
+    assert all(0 < row["seconds"] < 100 and row["tokens_per_s"] > 0 for row in lines(halfway / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("more", [[], ["--lean"], ["--lora", "2"]])
+def test_a_seed_may_be_the_time_in_nanoseconds(small, cwd, more):
+    args = ["--model", str(small), *SMALL, "--stages", "length:2", "--seed", "1795" + 15 * "0", "--run", "r"]
+    assert train.main([*args, *more]) == 0
