@@ -59,7 +59,7 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
     Texts need the tokenizer. `stop_text` ends a completion too, with the token that completes it in the decoded text,
     whatever tokens spell it. Those are sampled tokens like all others, and stand in `texts`.
 
-    A completion's random numbers depend on the seed, its prompt and its place in the group. The same seed gives the same
+    A completion's random numbers depend on the seed, its prompt and its place in the group. One seed gives the same
     tokens whatever the batch, in float32; bf16 rounds by the batch. (A prompt given twice in a call gets two groups.)
     """
     prompts = [torch.as_tensor(p, dtype=torch.long).cpu() for p in prompts]  # B x [P_b]
