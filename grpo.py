@@ -336,7 +336,7 @@ def micro_batch_loss(model: Transformer, ref_model: Transformer | None, m: Micro
 
 
 def step_down(model: Transformer, optimizer: torch.optim.Optimizer, largest_norm: float, most: float) -> float:
-    """Shorten the gradient to `largest_norm`, take the optimizer's step -> the norm it had, which is below `most`."""
+    """Shorten the gradient to `largest_norm` and take the optimizer's step -> the norm it had; `most` is an error."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     norm = torch.nn.utils.clip_grad_norm_(parameters, largest_norm).item()
     if not norm < most:

@@ -66,6 +66,7 @@ REWARDS: dict[str, Callable[[Summary], float]] = {
     "length": lambda s: length_penalty(s.n_tokens, s.target),
     "rouge_l": lambda s: rouge_l(s.text, s.reference),
     "bleu": lambda s: bleu(s.text, s.reference),
+    "char_bleu": lambda s: bleu(" ".join(s.text), " ".join(s.reference)),  # for Chinese, Japanese, Thai
     "meteor": lambda s: meteor(s.text, s.reference),
     "char_length": lambda s: length_penalty(len(s.text), s.target),  # right for budgets in characters
     "copy_rate": lambda s: copy_rate(s.text, s.document),  # shares of what is bad: give them a negative weight
@@ -80,7 +81,7 @@ GROUP_REWARDS: dict[str, Callable[[Sequence[Summary]], list[float]]] = {
     "distinct": lambda group: own_shares([s.text for s in group]),
     "embedding": lambda group: similarities([(s.text, s.reference) for s in group]),
 }
-NEED_REFERENCE = {"rouge_l", "bleu", "meteor", "embedding"}  # these compare with the post's own summary
+NEED_REFERENCE = {"rouge_l", "bleu", "char_bleu", "meteor", "embedding"}  # these compare with the post's own summary
 NEED_MODEL = {"squish", "cost"}  # these are measured by a language model, see squish.py
 
 

@@ -61,8 +61,8 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
     Texts need the tokenizer. `stop_text` ends a completion too, with the token that completes it in the decoded text,
     whatever tokens spell it. Those are sampled tokens like all others, and stand in `texts`.
 
-    The random numbers of a completion depend on the seed, its prompt's tokens and its place in the group: the same seed
-    gives the same tokens whatever else is in the batch (a prompt given twice in one call gets two different groups).
+    A completion's random numbers depend on the seed, its prompt and its place in the group. One seed gives the same
+    tokens whatever the batch, in float32; bf16 rounds by the batch. (A prompt given twice in a call gets two groups.)
     """
     prompts = [torch.as_tensor(p, dtype=torch.long).cpu() for p in prompts]  # B x [P_b]
     _check(prompts, model.config, G, max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)

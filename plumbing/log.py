@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 
 from plumbing.folder import read_json, write_text
+from plumbing.scripts import without_rouge
 from plumbing.words import find_wordnet, how_to_get_wordnet
 
 # The progress line: key of metrics.jsonl, title, width, format.
@@ -25,6 +26,11 @@ COLUMNS = (("reward", "reward", 7, "{:.3f}"), ("length", "length", 6, "{:.1f}"),
            ("logp_gap", "gap", 6, "{:.0e}"), ("tokens_per_s", "tok/s", 6, "{:.0f}"))
 
 
+# These pay for no length. What a forker's reward pays for, nobody knows.
+ANY_LENGTH = {"rouge_l", "bleu", "char_bleu", "meteor", "embedding", "squish", "cost", "copy_rate", "repetition",
+              "distinct", "format"}
+
+
 class Log:
     """The run's files and the lines on the screen."""
 
@@ -32,6 +38,7 @@ class Log:
         """`goal`: the task in a few words. `made_of`: what decides the result beside the settings."""
         self.folder, self.config, self.stages, self.total = folder, config, stages, stages[-1].end
         self.goal = goal
+        self.sized = any(name not in ANY_LENGTH for stage in stages for name in stage.reward.names)
         self.recent: list[dict] = []
         self.shown = 0
         self.first = self.last = step
@@ -106,6 +113,9 @@ class Log:
         if find_wordnet() is None and any(post.reference for post in held_out):
             self.say(f"There is no WordNet on this machine ({how_to_get_wordnet()}; or WNSEARCHDIR names its folder): "
                      f"METEOR matches equal words and stems, no synonyms.")
+        rouge = without_rouge(post.reference for post in posts[:1000])
+        if rouge:
+            self.say(rouge)
         if self.first:
             self.say(f"Resumed after step {self.first}.")
         if self.lost:
@@ -125,7 +135,7 @@ class Log:
                                         "reference": post.reference, **row})
             self.append("eval", {"step": step, "stage": stage, **r})
         self.say(f"  held out, greedy, {moment(stage)}: "
-                 + describe(read_lines(self.folder / "eval.jsonl")[-1]))
+                 + describe(read_lines(self.folder / "eval.jsonl")[-1], self.sized))
         self.shown = 0
 
     def step(self, step: int, stage, line: dict, seconds: float) -> None:
@@ -183,9 +193,10 @@ class Log:
             self.say(f"\n  post       {before['document']}\n  reference  {before['reference']}\n"
                      f"  before     {before['summary']} [{grade(before)}]\n"
                      f"  after      {after['summary']} [{grade(after)}]")
-        before = "".join(f"\n  before  {describe(row)}" for row in evals[:1] if row["stage"] == 0)
+        before = "".join(f"\n  before  {describe(row, self.sized)}" for row in evals[:1] if row["stage"] == 0)
         curves = f"Look at {self.folder / 'curves.png'}; the" if (self.folder / "curves.png").exists() else "The"
-        self.say(f"\nheld-out greedy summaries, {self.goal}{before}\n  after   {describe(evals[-1])}"
+        goal = f", {self.goal}" if self.sized or "within_2" not in evals[-1] else ""
+        self.say(f"\nheld-out greedy summaries{goal}{before}\n  after   {describe(evals[-1], self.sized)}"
                  f"\nDone in {int(seconds // 60)}:{int(seconds % 60):02d}"
                  + ("" if peak is None else f", with at most {peak:.1f} GiB of memory")
                  + f". {curves} model is in {self.folder / 'model'}.")
@@ -198,15 +209,18 @@ def grade(row: dict) -> str:
     return f"{row['length']} tokens"
 
 
-def describe(r: dict) -> str:
-    """A line of eval.jsonl as a sentence: the run's own reward and its parts, how the size was kept to, the metrics."""
+def describe(r: dict, sized: bool = True) -> str:
+    """A line of eval.jsonl as a sentence: the run's own reward and its parts, how the size was kept to, the metrics.
+
+    `sized`: some stage pays for the length. Else a share of those near a target praises or blames nothing."""
     budgets = [name.partition("@")[2] for name in r if name.startswith("reward@")]
     if budgets:
         said = [f"budget {b}: {paid(r, '@' + b)}, over {r[f'over@{b}']:.0%}, used {r[f'used@{b}']:.0%}"
                 + (f", missing {r[f'missing@{b}']:.0%}" if f"missing@{b}" in r else "") for b in budgets]
     else:
-        said = [paid(r), f"{r['within_10pct']:.0%} within ±10% of the target, {r['within_2']:.0%} within ±2 tokens",
-                f"length {r['length']:.1f} ± {r['length_std']:.1f}"]
+        said = [paid(r), f"length {r['length']:.1f} ± {r['length_std']:.1f}"]
+        if sized:
+            said.insert(1, f"{r['within_10pct']:.0%} within ±10% of the target, {r['within_2']:.0%} within ±2 tokens")
     if "rouge_l" in r:
         some = f" of {r['compared']} posts with a reference" if r.get("compared", r["n"]) < r["n"] else ""
         said.append(f"ROUGE-L {r['rouge_l']:.3f}, METEOR {r['meteor']:.3f}, BLEU {r['bleu']:.3f}{some}")

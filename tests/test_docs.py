@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import OUR_REWARDS
 
 import config
 import grpo
 import rewards
-import task
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tiny" / "README.md",
@@ -232,9 +232,10 @@ def test_every_row_of_a_table_has_its_cells(page):
 
 def test_every_reward_is_explained():
     text = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
-    known = set(rewards.REWARDS) | set(getattr(rewards, "GROUP_REWARDS", {}))
+    known = set(rewards.REWARDS) | set(rewards.GROUP_REWARDS)
     table = text[text.index("| name |"):text.index("\n\n", text.index("| name |"))]
-    assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == known
+    explained = set(re.findall(r"^\| `(\w+)` \|", table, re.M))
+    assert set(OUR_REWARDS) <= explained <= known  # a reward of your own may stay without a line there
 
 
 def test_every_page_is_linked_from_the_readme():
@@ -249,14 +250,14 @@ def test_the_snippets_of_fork_it_are_code_that_runs(monkeypatch):
     """A reward, a prompt and a loss are entries of three tables."""
     text = next(text for language, text in blocks(ROOT / "README.md") if language == "python")
     reward, prompt, loss = [line for line in text.splitlines() if line.strip()]
-    spaces = {"REWARDS": dict(rewards.REWARDS), "TEMPLATES": dict(task.TEMPLATES), "KINDS": dict(grpo.KINDS)}
+    spaces = {"REWARDS": {}, "TEMPLATES": {}, "KINDS": {}}  # empty: whoever tried them has these names in the real ones
     exec(f"{reward}\n{prompt}\n{loss}", spaces)
-    name, = set(spaces["REWARDS"]) - set(rewards.REWARDS)
+    name, = spaces["REWARDS"]
     summary = rewards.Summary(text="Why?", n_tokens=2, reference="Why?", target=2, document="Why not?")
     assert isinstance(float(spaces["REWARDS"][name](summary)), float) and f"*{name}:" in reward
-    name, = set(spaces["TEMPLATES"]) - set(task.TEMPLATES)
+    name, = spaces["TEMPLATES"]
     assert "{document}" in spaces["TEMPLATES"][name] and f"--template {name}" in prompt
-    name, = set(spaces["KINDS"]) - set(grpo.KINDS)
+    name, = spaces["KINDS"]
     monkeypatch.setitem(grpo.KINDS, name, spaces["KINDS"][name])
     x = torch.zeros(1, 2, 3, requires_grad=True)  # [B, G, T]
     value, _ = grpo.policy_loss(x, None, None, torch.tensor([[1.0, -1.0]]), torch.ones(1, 2, 3).bool(), kind=name)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import nltk_wordnet
+from helpers import OUR_REWARDS, nltk_wordnet
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nltk.translate.meteor_score import meteor_score
@@ -42,6 +42,7 @@ from metrics import (
     words_13a,
 )
 from plumbing import server as server_module
+from plumbing.scripts import without_rouge
 from plumbing.words import find_wordnet
 from rewards import GROUP_REWARDS, REWARDS, bleu, length_penalty, meteor, parse, rouge_l
 from task import load_posts
@@ -549,6 +550,39 @@ def test_an_excerpt_is_a_copy(document, start, n):
     assert copy_rate(excerpt, " ".join(document.split())) == bool(words_13a(excerpt))
 
 
+CHINESE = "汤姆昨天在公园里丢了他的新自行车，他非常难过，因为那是父母送给他的生日礼物。警察正在调查。"
+JAPANESE = "トムは昨日公園で新しい自転車をなくした。とても悲しかった。"
+THAI = "เมื่อวานนี้ทอมทำจักรยานคันใหม่หายในสวนสาธารณะ"
+
+
+@pytest.mark.parametrize("document", [CHINESE, JAPANESE, THAI], ids=["zh", "ja", "th"])
+def test_where_no_blank_parts_the_words_characters_are_counted(document):
+    """A sentence without blanks is one word: half of it would be no copy, and the same clause eight times no loop."""
+    assert copy_rate(document[: len(document) // 2], document) == copy_rate(document, document) == 1.0
+    assert copy_rate(document[:4][::-1], document) == 0.0
+    assert repetition(document[:10] * 8) == 1 - 10 / 78  # 80 characters, 78 triples, of ten kinds
+    assert repetition(document[:10]) == 0.0
+    assert distinct([document[:9]] * 2) == 0.5 and own_shares([document[:9], document[9:18]])[0] > 0.8
+    assert templated([[document[:5]], [document[:5]]]) == 1.0
+
+
+def test_scripts_side_by_side_are_cut_each_in_its_own_way():
+    assert list(metrics._words("In 2023年 Tokyo东京")) == ["in", "2023", "年", "tokyo", "东", "京"]
+    for spaced in ("Том потерял велосипед.", "톰은 자전거를 잃었다.", "टॉम की साइकिल", "فقد توم دراجته", "été ½ 🚲"):
+        assert list(metrics._words(spaced)) == list(words_13a(spaced.lower()))  # these have blanks
+
+
+@search
+@given(st.text(), st.text())
+@example(CHINESE[:30], CHINESE[:12] + "，" + CHINESE[12:30])
+@example("3.5 &amp; 1-2", "3.4 & 1-2")
+def test_char_bleu_is_sacrebleu_s_of_characters(candidate, reference):
+    ours = parse("char_bleu")([candidate], [1], reference, 1)[1]["char_bleu"][0]
+    if candidate.strip():
+        score = BLEU(tokenize="char", effective_order=True).sentence_score(candidate, [reference]).score / 100
+        assert ours == pytest.approx(score, abs=1e-9)
+
+
 def test_repetition_and_templates():
     assert repetition("a b c d e f") == 0.0
     assert repetition("a b c " * 10) == pytest.approx(1 - 3 / 28)  # 28 triples, of three kinds
@@ -579,10 +613,33 @@ def test_form():
     assert [well_formed(text) for text in good + bad] == [1.0] * 7 + [0.0] * 6
 
 
+def test_form_in_other_scripts():
+    """Each has full stops and quotes of its own; Thai puts a blank there, so its last word may end a text."""
+    good = ["汤姆丢了车。", "他说：「丢了！」", "猫がいる。", "（猫がいる。）", "क्या हुआ।", "ماذا حدث؟",
+            "Il a dit : « Non. »", "Il a dit : «\u00a0Non.\u00a0»", "Er sagte: „Nein.“", "Он сказал: «Нет.»",
+            "Տոմը գնաց։", THAI, "ቶም ሄደ።"]
+    bad = ["汤姆丢了车，", "猫がいる、", "क्या हुआ", "ماذا حدث،", "Il a dit : « Non »",
+           "汤姆丢了车。\n他走了。", "”", "« »"]
+    assert [well_formed(text) for text in good] == [1.0] * len(good)
+    assert [well_formed(text) for text in bad] == [0.0] * len(bad)
+
+
+@pytest.mark.parametrize(("references", "said"), [
+    ([CHINESE], True), ([CHINESE + " 2023 Tokyo"], True), (["Том потерял велосипед."], True), ([JAPANESE, THAI], True),
+    (["A cat sat."], False), (["Élan à l'été."], False), ([], False), ([""], False), (["A cat.", "", "…"], False),
+    (["A cat sat on a mat.", CHINESE[:8]], False)])
+def test_a_run_is_told_where_rouge_counts_nothing(references, said):
+    """rouge_score, which everybody's ROUGE-L is, knows a-z and 0-9. A reward that is always 0 should say so."""
+    sentence = without_rouge(references)
+    assert bool(sentence) == said
+    if said:
+        assert all(name in REWARDS and name in sentence for name in ("bleu", "meteor", "char_bleu"))
+
+
 # ---------------------------------------------------------------------------------------------------- for all of them
 
 
-@pytest.mark.parametrize("name", sorted({*REWARDS, *GROUP_REWARDS} - {"embedding"} - rewards.NEED_MODEL))
+@pytest.mark.parametrize("name", sorted({*OUR_REWARDS} - {"embedding"} - rewards.NEED_MODEL))
 def test_every_reward_can_be_used_and_silence_is_never_best(name):
     texts = ["Tom won a race.", "Tom lost a cat and a dog.", "", " \n"]
     bad = name in ("copy_rate", "repetition")  # shares of what is bad
@@ -606,7 +663,7 @@ def test_nothing_breaks_them_and_a_text_is_most_like_itself():
         assert all(0 <= share <= 1 for share in own_shares((a, b)))
 
 
-@pytest.mark.parametrize("name", sorted({*REWARDS, *GROUP_REWARDS}))
+@pytest.mark.parametrize("name", OUR_REWARDS)
 def test_a_name_is_what_it_says_and_needs_what_it_says(name, monkeypatch):
     """The measures are not symmetric: who swaps text and reference, or reference and document, gets other numbers."""
     monkeypatch.setattr(server_module, "embed", lambda texts: {
@@ -614,7 +671,8 @@ def test_a_name_is_what_it_says_and_needs_what_it_says(name, monkeypatch):
     text, reference, document, other = "a b c a b c", "a b c d a a", "x a b c a y", "d d a c"
     expected = {
         "length": -(8 - 6) / 8, "char_length": -(11 - 8) / 8, "embedding": (2 * 3 + 2 * 1 + 2 * 1) / 12,
-        "rouge_l": rouge_l(text, reference), "bleu": bleu(text, reference), "meteor": meteor(text, reference),
+        "rouge_l": rouge_l(text, reference), "bleu": bleu(text, reference),
+        "char_bleu": bleu(" ".join(text), " ".join(reference)), "meteor": meteor(text, reference),
         "copy_rate": 3 / 4, "repetition": 1 / 4, "distinct": (4 * 1 / 2 + 1) / 5, "format": 0.0,
         "squish": 0.5, "cost": 0.25,
     }

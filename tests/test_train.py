@@ -285,6 +285,16 @@ def test_weight_decay_spares_what_transformers_trainer_spares(tmp_path, family, 
         torch.testing.assert_close(p.float(), before[name].float() * kept, rtol=8e-3, atol=0)
 
 
+def test_the_last_lines_speak_of_a_length_only_where_something_pays_for_it(small, cwd, capsys):
+    """ROUGE-L alone wants no length: "12% within the target" would blame the run for what nobody asked of it. In a run
+    of two stages the first one did ask, and whether the second forgets it is the question."""
+    for stages, asked in ((["rouge_l:1"], False), (["length:1", "rouge_l:1"], True)):
+        assert train.main(["--model", str(small), *SMALL, "--stages", *stages]) == 0
+        last = capsys.readouterr().out.partition("\nheld-out greedy")[2]
+        assert ("of the target" in last) == asked == ("target 6 tokens" in last), last
+        assert "reward" in last and "length" in last
+
+
 def test_a_run_is_never_overwritten(small, cwd, capsys):
     args = ["--model", str(small), *SMALL, "--stages", "length:1"]
     assert train.main([*args, "--run", "a"]) == 0
