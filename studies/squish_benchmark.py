@@ -69,7 +69,7 @@ def by_server(name: str, posts: list[Post], budget, config: Config, args, kept: 
             key = ("written", name, PROMPT_VERSION, budget, config.budget_unit, post.document, k, args.temperature,
                    n_tokens)
             found[i, k] = kept.get(*key)
-            if not isinstance(found[i, k], str):
+            if not isinstance(found[i, k], str) or not found[i, k].strip():  # kept before such were refused
                 found[i, k] = None
                 todo.append((i, k, key, fill(REQUEST, post, target, unit)))
     if not todo:
