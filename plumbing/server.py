@@ -24,7 +24,7 @@ TRIES = 5  # of one request, while the server is busy or away; the package waits
 MOST = 4096  # vectors that are kept
 # Not every server takes all that is sent. What it does not take -> the words by which a refusal says so.
 UNTAKEN = {"max_tokens": r"\bmax_tokens\b", "seed": r"\bseed\b", "temperature": r"\btemperature\b",
-           "system role": r"\bsystem\b|\broles?\b|developer instruction"}
+           "system role": r"system (message|prompt|instruction)|\broles?\b|developer instruction"}
 
 
 class Refused(OSError):
@@ -146,7 +146,7 @@ class Server:
                 return result
             except Refused as e:
                 raise Refused(self.clean(str(e))) from None
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
+            except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as e:
                 if last:
                     said = self.clean(reason_of(content.decode("utf-8", "replace")))
                     raise Refused(f"it answered {said!r} ({self.clean(repr(e))}){self.hint()}") from None
@@ -215,7 +215,8 @@ def check_url(url: str) -> None:
         raise ValueError("The server's URL holds a key or a password, and would be printed: leave it out, and set "
                          "OPENAI_API_KEY.")
     if not fine:
-        raise ValueError(f"{url} is no server's URL: it looks like http://localhost:11434/v1.")
+        raise ValueError(f"{url} is no server's URL: one looks like http://localhost:11434/v1 (in URL#NAME, or in "
+                         f"OPENAI_BASE_URL).")
 
 
 def sent(name: str, body: dict) -> bool:

@@ -69,7 +69,7 @@ def by_server(name: str, posts: list[Post], budget, config: Config, args, kept: 
             key = ("written", name, PROMPT_VERSION, budget, config.budget_unit, post.document, k, args.temperature,
                    n_tokens)
             found[i, k] = kept.get(*key)
-            if not isinstance(found[i, k], str):
+            if not isinstance(found[i, k], str) or not found[i, k].strip():  # kept before such were refused
                 found[i, k] = None
                 todo.append((i, k, key, fill(REQUEST, post, target, unit)))
     if not todo:
@@ -260,7 +260,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache", default="runs/squish.sqlite", help="what was written and measured before")
     parser.add_argument("--out", default="runs/squish", help="folder of table.md, scores.jsonl and chart.png")
     args = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="replace")  # as in train.py
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="replace")  # as in train.py
     connect.cache_clear()  # a server that was away may be back
     try:
         if min(args.n, args.samples, args.jobs) < 1 or args.temperature < 0:

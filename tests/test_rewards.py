@@ -817,6 +817,7 @@ def vectors(*each) -> tuple[int, str]:
     ((200, '{"error": "no such page"}'), "no such page"), (vectors(), "0 vectors for 2 texts"),
     (vectors([1.0]), "1 vectors for 2 texts"), (vectors(None, None), "TypeError"), (vectors([], []), "empty"),
     (vectors([1.0, 2.0], [1.0, 2.0, 5.0]), "vectors of 2 and 3 numbers"), (vectors([1.0], [math.nan]), "not finite"),
+    (vectors([1.0], [10**400]), "OverflowError"), ((200, '{"data": [{"embedding": "AAAA"}]}'), "ValueError"),
     ((401, "the key secret is wrong"), "HTTP 401 the key \\*\\*\\* is wrong")])
 def test_a_server_that_gives_no_vector_is_a_sentence_and_nothing_is_kept(server, answer, why):
     server[0].answer = answer

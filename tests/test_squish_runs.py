@@ -548,7 +548,7 @@ def test_a_server_may_refuse_several_things_and_then_the_document(server, cwd, c
 
 @pytest.mark.parametrize("content, summary", [
     ([{"type": "thinking", "thinking": [{"type": "text", "text": "<summary>Hm.</summary>"}]},
-      {"type": "text", "text": "<summary>A cat.</summary>"}], "A cat."),
+      {"type": "text", "text": "<summary>A "}, {"type": "text", "text": "cat.</summary>"}], "A cat."),
     ("<think>\nBetween <summary> and </summary>.\n</think>\n\n<summary>A cat.</summary>", "A cat."),
     ("<summary>A cat \ud83d</summary>", "A cat \ufffd"), ("<summary>A cat \ud83d\ude00</summary>", "A cat \U0001f600")])
 def test_what_is_judged_of_an_answer(server, cwd, content, summary):
