@@ -1,0 +1,222 @@
+"""The posts of a run, as a lesson: what it was trained and measured on is what it is measured on again, and what lacks
+a summary is no zero.
+
+Oracles: the run's own last line, the same posts without those that lack something, and numbers made by hand.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import eval as evaluation
+import train
+from config import Config, parse_stages
+from model import load
+from plumbing.posts import TINY, Post, load_posts
+from studies import squish_benchmark as benchmark
+from task import Task, score
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--prompts", "2", "--group", "2", "--target", "6", "--stages", "rouge_l+length:1"]
+
+
+@pytest.fixture(autouse=True)
+def cwd(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def rows(n: int, words: int = 12, **names: str) -> list[dict]:
+    """Posts of different lengths; `names` are those of the two fields."""
+    text, summary = names.get("text", "document"), names.get("summary", "summary")
+    return [{text: f"Tom lost shoe {i} in Leeds. " + "His dog found it. " * (words + i % 7), summary: f"Shoe {i} lost."}
+            for i in range(n)]
+
+
+def write(path: str, rows: list[dict]) -> str:
+    Path(path).parent.mkdir(exist_ok=True, parents=True)
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def measured(monkeypatch, *args: str) -> dict:
+    """All numbers, unrounded, of the one row that eval.py prints."""
+    found, real = [], evaluation.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", lambda *given: found.append(real(*given)) or found[-1])
+        assert evaluation.main(list(args)) == 0
+    result, = found
+    return {name: value for name, value in result.items() if name != "summaries"}
+
+
+def last_line(run: str) -> dict:
+    row = json.loads(Path("runs", run, "eval.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    return {name: value for name, value in row.items() if name not in ("step", "stage")}
+
+
+FIELDS = {"text": "speech", "summary": "gist"}
+NAMED = ["--document-field", "speech", "--summary-field", "gist"]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--max-document", "40"], ["--max-prompt", "115"], ["--eval-posts", "3"],
+    ["--max-posts", "40", "--min-chars", "260"],
+    ["--max-document", "40", "--stages", "squish:1", "--lora", "2", "--budgets", "0.2"],
+    ["--eval-data", "held-out.jsonl", "--max-document", "50", "--eval-posts", "5"],
+], ids=" ".join)
+def test_a_run_on_a_file_is_measured_as_it_measured_itself(flags, monkeypatch):
+    write("posts.jsonl", rows(60, **FIELDS))
+    write("held-out.jsonl", rows(9, words=20, **FIELDS))
+    assert train.main([*SMALL, "--data", "posts.jsonl", *NAMED, *flags, "--run", "own"]) == 0
+    assert measured(monkeypatch, "runs/own") == last_line("own")
+
+
+@pytest.mark.parametrize("splits, split, asked", [
+    (("train", "val"), "", []), (("train", "test"), "", []), (("sft", "val", "test"), "sft", ["--split", "val"]),
+    (("test", "val"), "test", [])], ids=str)
+def test_a_run_on_splits_is_measured_as_it_measured_itself(splits, split, asked, monkeypatch):
+    """Also where there is no test split, or where that is what the run has learnt from."""
+    for n, name in enumerate(splits):
+        write(f"data/{name}.jsonl", rows(9 + n, words=9 + n))
+    more = ["--split", split] if split else []
+    assert train.main([*SMALL, "--data", "data", *more, "--max-document", "40", "--run", "own"]) == 0
+    assert measured(monkeypatch, "runs/own", *asked) == last_line("own")
+
+
+def test_other_posts_are_not_looked_for_by_the_names_of_the_run_s_own(monkeypatch):
+    write("posts.jsonl", rows(30, **FIELDS))
+    write("other.jsonl", rows(5))
+    assert train.main([*SMALL, "--data", "posts.jsonl", *NAMED, "--max-posts", "20", "--run", "own"]) == 0
+    assert measured(monkeypatch, "runs/own", "--data", "other.jsonl")["n"] == 5
+    assert measured(monkeypatch, "tiny", "--data", "posts.jsonl", *NAMED, "--n", "4")["compared"] == 4
+    assert measured(monkeypatch, "tiny", "--data", "posts.jsonl", "--document-field", "speech")["compared"] == 0
+
+
+def test_every_flag_that_a_message_about_posts_advises_exists():
+    """In train.py all of them. In eval.py those that load_posts alone may advise."""
+    advised = {path: set(re.findall(r"--[a-z]+(?:-[a-z]+)*", (ROOT / path).read_text(encoding="utf-8")))
+               for path in ("plumbing/posts.py", "plumbing/hub.py")}
+    helps = {name: subprocess.run([sys.executable, ROOT / f"{name}.py", "--help"], capture_output=True, text=True,
+                                  check=True).stdout for name in ("train", "eval")}
+    for flags in advised.values():
+        assert not [flag for flag in flags if not re.search(rf"{flag}\b", helps["train"] + "--n")]
+    assert {"--document-field", "--summary-field", "--split", "--min-chars", "--data", "--max-prompt",
+            "--max-document"} <= set(re.findall(r"--[a-z-]+", helps["eval"]))
+
+
+# --- posts without a reference ----------------------------------------------------------------------------------------
+
+
+def test_a_reward_that_compares_is_a_mean_over_the_posts_that_have_a_reference():
+    config = Config(template="plain", target=4, stages=("length + 2*rouge_l:1", "length:1"))
+    comparing, other = parse_stages(config.stages)
+    asked = [Task(Post("Once a cat sat here.", reference, "1"), [1, 2], 4) for reference in ("a cat sat", "")]
+
+    def line(stage):
+        groups = [SimpleNamespace(texts=["a cat sat", "a dog"], lengths=SimpleNamespace(tolist=lambda: [3, 2]))
+                  for _ in asked]
+        return score(groups, asked, stage.reward, config, None)
+
+    rouge = (1 + 2 * 1 / 3 * 1 / 2 / (1 / 3 + 1 / 2)) / 2  # of "a dog": one word of three, and of two
+    assert line(comparing)["reward/rouge_l"] == pytest.approx(rouge)
+    assert line(comparing)["reward"] == pytest.approx(2 * rouge + (-1 / 4 - 2 / 4) / 2)
+    assert line(other)["reward"] == pytest.approx((-1 / 4 - 2 / 4) / 2)
+
+
+def test_posts_without_a_reference_do_not_count_as_zero(monkeypatch, capsys):
+    some, none = rows(6), [row | {"summary": None} for row in rows(12)[6:]]
+    write("some.jsonl", some)
+    write("half.jsonl", some + none)
+    write("none.jsonl", none)
+    found = {name: measured(monkeypatch, "tiny", "--data", f"{name}.jsonl") for name in ("some", "half", "none")}
+    assert [(r["n"], r["compared"]) for r in found.values()] == [(6, 6), (12, 6), (6, 0)]
+    for name in ("rouge_l", "meteor", "bleu", "reward", "reward/rouge_l"):
+        assert found["half"][name] == pytest.approx(found["some"][name]), name
+    assert found["some"]["reward/rouge_l"] > 0 and "rouge_l" not in found["none"]
+    err = capsys.readouterr().err.splitlines()
+    assert "6 of 12 posts have a reference" in err[0] and "0 of 6 posts" in err[1] and "--summary-field" in err[1]
+
+
+def test_how_many_groups_cannot_differ_is_said_at_the_start(capsys):
+    write("half.jsonl", [row | {"summary": row["summary"] if i % 3 else ""} for i, row in enumerate(rows(40))])
+    assert train.main([*SMALL, "--data", "half.jsonl", "--run", "half"]) == 0
+    out = capsys.readouterr().out
+    assert "12 of 36 posts have no summary for rouge_l to compare with" in out.splitlines()[0]
+    assert "of 2 posts with a reference" in out  # 37 and 38 of the four that are held out
+    assert train.main(["--prompts", "2", "--group", "2", "--data", "half.jsonl", "--target", "6", "--stages",
+                       "length:1"]) == 0
+    assert "have no summary" not in capsys.readouterr().out  # where nothing compares it does not matter
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_do_not_measure_the_same_are_said(capsys):
+    write("posts.jsonl", rows(20))
+    assert train.main([*SMALL, "--data", "posts.jsonl", "--run", "own"]) == 0
+    capsys.readouterr()
+    assert evaluation.main(["tiny", "runs/own", "--n", "2"]) == 0
+    said = capsys.readouterr().err
+    assert "do not measure the same" in said
+    assert "tiny: 2 posts of tiny, target 30" in said and "runs/own: 2 posts of posts.jsonl" in said
+    same = ["tiny", "runs/own", "--n", "2", "--data", "posts.jsonl"]
+    assert evaluation.main([*same, "--target", "8"]) == 0
+    assert capsys.readouterr().err == ""
+    assert evaluation.main(same) == 0
+    assert "target 30" in (said := capsys.readouterr().err) and "target 6" in said
+
+
+@pytest.mark.parametrize("args", [["--help"], ["tiny", "--target", "4", "--show", "1", "--data", "a.jsonl"]],
+                         ids=" ".join)
+def test_a_console_without_unicode_is_no_obstacle(args):
+    write("a.jsonl", [{"document": "Ida — naïve \U0001f600.", "summary": "“Naïve”."}] * 2)
+    run = subprocess.run([sys.executable, ROOT / "eval.py", *args], capture_output=True,
+                         env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"})
+    assert run.returncode == 0 and run.stderr == b"", run.stderr
+
+
+# --- the benchmark ----------------------------------------------------------------------------------------------------
+
+
+def bench(*args: str) -> dict:
+    more = ["--budgets", "0.3", "--max-new-tokens", "40", "--cache", "kept.sqlite", "--out", "out"]
+    assert benchmark.main(["--models", "tiny", *more, *args]) == 0
+    lines = Path("out/scores.jsonl").read_text(encoding="utf-8").splitlines()
+    return {row["model"]: row for row in map(json.loads, lines)}
+
+
+def test_one_document_has_no_interval_and_no_other_document_s_summary():
+    found = bench("--n", "1")
+    assert set(found) == {"tiny", "first", "reference", "empty"}
+    assert {(row["low"], row["high"]) for row in found.values()} == {(None, None)}
+    text = Path("out/table.md").read_text(encoding="utf-8")
+    assert ".." not in text and f"| reference | 0.3 | {found['reference']['squish']:.3f} |" in text
+    assert Path("out/chart.png").exists()
+    two = bench("--n", "2")
+    assert set(two) == {*found, "other"} and two["tiny"]["low"] <= two["tiny"]["squish"] <= two["tiny"]["high"]
+
+
+def test_another_document_s_summary_is_never_the_post_s_own():
+    def others(*references: str) -> list[str]:
+        posts = [Post(f"Document {i}.", reference, str(i)) for i, reference in enumerate(references)]
+        return [benchmark.another(posts, i) for i in range(len(posts))]
+
+    assert others("a") == [""]
+    assert others("a", "b", "c") == ["c", "a", "b"]
+    assert others("a", "", "b") == ["b", "a", "a"]  # one that is missing is passed over
+    assert others("a", "a", "b") == ["b", "b", "a"]  # and so is one that is the same
+    assert others("a", "") == ["", "a"]
+
+
+def test_the_held_out_posts_of_the_embedded_set_are_untouched():
+    """The figures of the README are those of all test posts."""
+    posts, limit = evaluation.posts_of(Config(), evaluation.read_command(["tiny"]))
+    assert limit is None and posts == load_posts(TINY, "test")
+    (fit, prompts), = evaluation.fit_posts(*load(TINY), [posts], Config(template="chatml"))
+    assert fit == posts and len(prompts) == len(posts)
