@@ -22,7 +22,7 @@ from statistics import fmean, pstdev
 from config import Config, parse_stages, reward_names
 from metrics import bleu, copy_rate, distinct, meteor, repetition, rouge_l, templated
 from model import load
-from plumbing.folder import read_json
+from plumbing.folder import read_json, with_words
 from plumbing.posts import TINY, Post, has_splits, load_posts, load_split
 from rewards import NEED_MODEL
 from rollout import Group, sample
@@ -176,7 +176,8 @@ def scorers_of(config: Config) -> list:
     """
     if NEED_MODEL.isdisjoint(reward_names(parse_stages(config.stages))):
         return []
-    return [load(TINY if name == "tiny" else name) for name in (config.references or config.model).split(",") if name]
+    names = [name for name in (config.references or config.model).split(",") if name]
+    return [with_words(name, *load(TINY if name == "tiny" else name)) for name in names]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -201,9 +202,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.models:
             folder, run = find_model(name)
             config = config_of(run, args)
-            model, tokenizer = load(folder)  # in float32, whatever the folder holds
-            if tokenizer is None:
-                raise ValueError(f"{folder} has no tokenizer.json, so its tokens cannot be read.")
+            model, tokenizer = with_words(folder, *load(folder))  # in float32, whatever the folder holds
             posts = posts_of(config, args)
             r = evaluate(model, tokenizer, posts, config, scorers_of(config))
             cells = [form.format(r[key]) if key in r else "-" for key, _, _, form in COLUMNS]

@@ -31,6 +31,7 @@ from plumbing.adamw import AdamW
 from plumbing.checkpoint import load_checkpoint, save_checkpoint, stage_copy
 from plumbing.cli import Stop, open_run, read_arguments
 from plumbing.curves import draw_curves
+from plumbing.folder import can_stop, with_words
 from plumbing.log import Log
 from plumbing.posts import TINY, Post, load_split, posts_that_fit
 from rewards import NEED_MODEL, NEED_REFERENCE
@@ -154,6 +155,7 @@ def load_policy(config: Config):
     Adapters begin as zero, so the first step begins at the base model either way.
     """
     model, tokenizer = load_with_tokenizer(config.model, config)
+    can_stop(config.model, model)
     if config.lora:
         targets = [name for name in config.lora_targets.split(",") if name]
         add_lora(model, config.lora, config.lora_alpha or 2.0 * config.lora, targets, config.seed)
@@ -164,10 +166,7 @@ def load_policy(config: Config):
 def load_with_tokenizer(name: str, config: Config):
     # Weights are float32 unless --lean: at a learning rate of 1e-6 nearly all updates would vanish in bfloat16.
     dtype = torch.bfloat16 if config.lean else torch.float32
-    model, tokenizer = load(TINY if name == "tiny" else name, config.device or None, dtype)
-    if tokenizer is None:
-        raise ValueError(f"{name} has no tokenizer.json: copy it there from the model it was made of.")
-    return model, tokenizer
+    return with_words(name, *load(TINY if name == "tiny" else name, config.device or None, dtype))
 
 
 def choose_posts(config: Config, stages: list[Stage], model, tokenizer) -> tuple[list[Post], list[Post], list]:

@@ -245,6 +245,32 @@ def with_own_marks(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -> M
     return replace(config, bos_token_id=bos, eos_token_ids=stops)
 
 
+def with_words(name: str | Path, model: nn.Module, tokenizer: Tokenizer | None) -> tuple[nn.Module, Tokenizer]:
+    """(model, tokenizer) of a folder for whoever reads and writes text with them. ValueError where that cannot be."""
+    if tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer.json, so its tokens cannot be read: copy it there from the model "
+                         f"that it was made of.")
+    # A special token that the model has no row for does no harm: no text is encoded as one.
+    rows, special = model.config.vocab_size, {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
+    beyond = sorted((i, word) for word, i in tokenizer.get_vocab().items() if i >= rows and i not in special)
+    if beyond:
+        raise ValueError(f"{name} has a tokenizer with {len(beyond)} words for which the model's {rows} embeddings "
+                         f"have no row, the first is {beyond[0][1]!r}: take the tokenizer that it was trained with.")
+    return model, tokenizer
+
+
+def can_stop(name: str | Path, model: nn.Module) -> None:
+    """ValueError where no token ends a completion: all would be cut, be equally long, and teach nothing."""
+    stops, rows = model.config.eos_token_ids, model.config.vocab_size
+    beyond = [i for i in stops if i >= rows]
+    if beyond:
+        raise ValueError(f"{name} ends a text with token {beyond[0]}, and the model knows 0 to {rows - 1}: correct "
+                         f"eos_token_id in its generation_config.json (or config.json, where it has none).")
+    if not stops:
+        raise ValueError(f"{name} names no token that ends a text, so no completion would ever stop: set eos_token_id "
+                         f"in its generation_config.json, or eos_token in its tokenizer_config.json.")
+
+
 def write_model(model: nn.Module, tokenizer: Tokenizer | None, path: str | Path, dtype: torch.dtype | None) -> None:
     """What `model.save` promises."""
     folder, state = Path(path), {}
