@@ -250,9 +250,10 @@ def with_words(name: str | Path, model: nn.Module, tokenizer: Tokenizer | None) 
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer.json, so its tokens cannot be read: copy it there from the model "
                          f"that it was made of.")
-    # A special token that the model has no row for does no harm: no text is encoded as one.
+    # Padding without a row does no harm: no prompt holds it.
     rows, special = model.config.vocab_size, {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
-    beyond = sorted((i, word) for word, i in tokenizer.get_vocab().items() if i >= rows and i not in special)
+    beyond = sorted((i, word) for word, i in tokenizer.get_vocab().items()
+                    if i >= rows and not (i in special and "pad" in word.lower()))
     if beyond:
         raise ValueError(f"{name} has a tokenizer with {len(beyond)} words for which the model's {rows} embeddings "
                          f"have no row, the first is {beyond[0][1]!r}: take the tokenizer that it was trained with.")

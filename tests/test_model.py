@@ -1117,7 +1117,7 @@ def test_what_git_leaves_without_lfs_is_called_by_its_name(whole, tmp_path, name
 
 def test_words_that_the_model_has_no_row_for_are_named():
     """An added word and an embedding that was not made larger: the policy would fail in the middle of a step, and a
-    judge too. A special token is no such word: no text is encoded as one."""
+    judge too. Only padding needs no row: no prompt holds it."""
     tokenizer = byte_bpe()
     rows = tokenizer.get_vocab_size()
     tokenizer.add_special_tokens(["[PAD]"])
@@ -1126,6 +1126,9 @@ def test_words_that_the_model_has_no_row_for_are_named():
     tokenizer.add_tokens(["Harold", "Maude"])
     message = refusal(ValueError, with_words, "a-model", model, tokenizer)
     assert all(part in message for part in ("a-model", "2 words", f"{rows} embeddings", "'Harold'"))
+    tokenizer = byte_bpe()
+    tokenizer.add_special_tokens(["<|eot_id|>"])  # a template may ask for it
+    assert "<|eot_id|>" in refusal(ValueError, with_words, "a-model", model, tokenizer)
     assert "no tokenizer.json" in refusal(ValueError, with_words, "a-model", model, None)
 
 
