@@ -228,11 +228,15 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
 def with_own_marks(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -> ModelConfig:
     """The config with what the tokenizer adds: its eos_token ends a text too (as in trl), and where no file names a
     bos, a text begins with its bos_token, or with <|endoftext|>, as Qwen's do."""
-    files = [read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")
-             if (folder / name).exists()]
+    def read(name):
+        return read_json(folder / name) if (folder / name).exists() else {}
+
+    words = read("tokenizer_config.json")
+    if "added_tokens_decoder" not in words:  # an old folder: there the other file is obeyed
+        words |= read("special_tokens_map.json")
 
     def own(key):  # -> the number of the token, None where there is none
-        token = next((file[key] for file in files if key in file), None)
+        token = words.get(key)
         token = token.get("content") if isinstance(token, dict) else token
         number = tokenizer.token_to_id(token) if isinstance(token, str) else None
         return number if number is not None and number < config.vocab_size else None

@@ -1172,6 +1172,17 @@ def test_generation_stops_where_it_stops_in_trl(tmp_path, family, config, genera
     assert set(load(folder, "cpu")[0].config.eos_token_ids) == want - {None}
 
 
+@pytest.mark.parametrize("words", [{"eos_token": "<|im_end|>"}, {},
+                                   {"eos_token": "<|im_end|>", "added_tokens_decoder": {}}], ids=str)
+def test_the_tokenizer_s_end_is_where_transformers_finds_it(tmp_path, words):
+    """Old folders name it twice, and then special_tokens_map.json counts."""
+    folder, _ = write_folder(tmp_path, "llama", eos_token_id=3)
+    byte_bpe().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(words), encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_start|>"}}', encoding="utf-8")
+    assert load(folder, "cpu")[0].config.eos_token_ids == (3, AutoTokenizer.from_pretrained(folder).eos_token_id)
+
+
 @pytest.mark.parametrize("config, generation, own, bos", [
     ({"bos_token_id": 5}, {"bos_token_id": 6}, None, 6),  # generation_config.json comes first
     ({"bos_token_id": 5}, {"eos_token_id": 2}, None, 5),
