@@ -24,7 +24,7 @@ from statistics import fmean, pstdev
 from config import Config, parse_stages, reading, reward_names
 from metrics import bleu, copy_rate, distinct, meteor, repetition, rouge_l, templated
 from model import load
-from plumbing.folder import read_json
+from plumbing.folder import read_json, with_words
 from plumbing.hub import VALIDATION
 from plumbing.posts import TINY, Post, has_splits, load_posts, load_split, posts_that_fit, say_differences
 from rewards import NEED_MODEL, NEED_REFERENCE
@@ -220,7 +220,8 @@ def scorers_of(config: Config) -> list:
     """
     if NEED_MODEL.isdisjoint(reward_names(parse_stages(config.stages))):
         return []
-    return [load(TINY if name == "tiny" else name) for name in (config.references or config.model).split(",") if name]
+    names = [name for name in (config.references or config.model).split(",") if name]
+    return [with_words(name, *load(TINY if name == "tiny" else name)) for name in names]
 
 
 def read_command(argv: list[str] | None) -> argparse.Namespace:
@@ -265,9 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.models:
             folder, run = find_model(name)
             config = config_of(run, args)
-            model, tokenizer = load(folder)  # in float32, whatever the folder holds
-            if tokenizer is None:
-                raise ValueError(f"{folder} has no tokenizer.json, so its tokens cannot be read.")
+            model, tokenizer = with_words(folder, *load(folder))  # in float32, whatever the folder holds
             names = reward_names(parse_stages(config.stages))
             config.template = config.template or choose_template(model, tokenizer, names)
             # Documents are cut and posts left out as in the run: else it would be measured on texts it never saw.

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from model import Cache, Transformer, pad, to_logits
-from plumbing.thoughts import without_thoughts
+from plumbing.prompts import spelt as _spelt
 
 
 @dataclass
@@ -187,7 +187,7 @@ def draw(logits: Tensor, noise: Tensor, temperature: float, top_k: int, top_p: f
     return token.squeeze(-1), (logits.gather(-1, token) - top - log_whole).squeeze(-1)
 
 
-# --- what a first reading skips: refusals, the stop text, random numbers ----------------------------------------------
+# --- what a first reading skips: refusals, random numbers -------------------------------------------------------------
 
 
 def _check(prompts: Sequence[Tensor], model_config, G: int, max_new_tokens: int, *, temperature: float, top_p: float,
@@ -206,21 +206,6 @@ def _check(prompts: Sequence[Tensor], model_config, G: int, max_new_tokens: int,
     if max(lengths) + max_new_tokens > model_config.max_position_embeddings:
         raise ValueError(f"A prompt of {max(lengths)} tokens and {max_new_tokens} new ones do not fit into the model's "
                          f"context of {model_config.max_position_embeddings}: shorten the post or the completion.")
-
-
-def _spelt(tokenizer: Tokenizer, stop_text: str, tokens: Tensor) -> list[int]:
-    """tokens [n, t] -> for each row, how many of its last tokens it takes to spell the stop text; 0: it is not there.
-
-    Every token is a byte at least, so as many tokens as the text has bytes hold it. What comes after it in the same
-    token does not matter. In thoughts it is a mention, and ends nothing.
-    """
-    last = tokens[:, -len(stop_text.encode()):].tolist()
-    spelt = [0] * len(last)
-    for i, text in enumerate(tokenizer.decode_batch(last, skip_special_tokens=False)):
-        if stop_text in text and stop_text in without_thoughts(tokenizer.decode(tokens[i].tolist(), False)):
-            counts = range(1, len(last[i]) + 1)
-            spelt[i] = next(n for n in counts if stop_text in tokenizer.decode(last[i][-n:], False))
-    return spelt
 
 
 def _noise(prompts: Sequence[Tensor], G: int, T: int, seed: int, device: torch.device) -> Tensor:

@@ -16,9 +16,8 @@ Shapes: B prompts, G completions a prompt (the group), P prompt tokens.
 """
 
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import numpy as np
@@ -28,6 +27,7 @@ from config import Config, parse_budgets
 from metrics import distinct, repetition, templated
 from model import Transformer
 from plumbing.posts import Post, load_posts
+from plumbing.prompts import encode_prompt
 from plumbing.thoughts import without_thoughts
 from rewards import NEED_MODEL, NEED_REFERENCE, Reward
 from rollout import Group
@@ -120,27 +120,14 @@ def fill(text: str, post: Post, target: int, unit: str) -> str:
 
 
 def tokenize(tokenizer: Tokenizer, post: Post, template: str, target: int, unit: str = "characters") -> list[int]:
-    """The prompt as token ids [P], beginning with whatever the tokenizer itself puts first (a bos, or nothing).
+    """The prompt as token ids [P]: the tokenizer's own of the rendered text, and what it puts in front of any text.
 
     Only the template's own control tokens become control tokens. A post that spells `<|im_end|>` is a post about chat
     templates, not the end of the user's turn, so its text is encoded as text. ValueError for a control token in the
     template that the tokenizer does not know.
     """
-    text = template_text(template)
-    control = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    unknown = [mark for mark in re.findall(r"<\|[^<>|]+\|>", text) if mark not in control]
-    if unknown:
-        raise ValueError(f"The tokenizer has no {unknown[0]}, which the template '{template}' asks for: take "
-                         f"--template plain for this model, or one with its own control tokens (task.py).")
-    ids = tokenizer.encode("").ids
-    longest_first = sorted(control, key=len, reverse=True)  # a token may begin with another one
-    pieces = re.split("|".join(f"({re.escape(mark)})" for mark in longest_first), text) if control else [text]
-    for piece in filter(None, pieces):
-        if piece in control:
-            ids.append(control[piece])
-        else:
-            ids += encode(tokenizer, fill(piece, post, target, unit)).ids
-    return ids
+    text = fill(template_text(template), replace(post, document="{document}"), target, unit)
+    return encode_prompt(tokenizer, text, post.document, template)
 
 
 # --- the task ---------------------------------------------------------------------------------------------------------

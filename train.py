@@ -32,6 +32,7 @@ from plumbing.cli import Stop, complain, open_console, open_run, read_arguments
 from plumbing.curves import draw_curves
 from plumbing.device import Lies, check_device
 from plumbing.exploded import remedy
+from plumbing.folder import can_stop, with_words
 from plumbing.log import Log
 from plumbing.posts import TINY, Post, load_split, say_references
 from rewards import NEED_MODEL, NEED_REFERENCE
@@ -163,6 +164,7 @@ def load_policy(config: Config):
     Adapters add nothing at first (their B is 0), so the run begins at the base model either way.
     """
     model, tokenizer = load_with_tokenizer(config.model, config)
+    can_stop(config.model, model)
     if config.lora:
         targets = [name for name in config.lora_targets.split(",") if name]
         add_lora(model, config.lora, config.lora_alpha or 2.0 * config.lora, targets, config.seed)
@@ -173,10 +175,7 @@ def load_policy(config: Config):
 def load_with_tokenizer(name: str, config: Config):
     # Weights are float32 unless --lean: at a learning rate of 1e-6 nearly all updates would vanish in bfloat16.
     dtype = torch.bfloat16 if config.lean else torch.float32
-    model, tokenizer = load(TINY if name == "tiny" else name, config.device or None, dtype)
-    if tokenizer is None:
-        raise ValueError(f"{name} has no tokenizer.json: copy it there from the model it was made of.")
-    return model, tokenizer
+    return with_words(name, *load(TINY if name == "tiny" else name, config.device or None, dtype))
 
 
 def choose_posts(config: Config, stages: list[Stage], model, tokenizer) -> tuple[list[Post], list[Post], list]:

@@ -16,7 +16,10 @@ def download(name: str, files: Sequence[str], weight_files: Callable[[Path], Seq
     """
     folder = fetch(name, files)
     if (folder / "model.safetensors.index.json").exists() and not (folder / "model.safetensors").exists():
-        shards = weight_files(folder)
+        try:
+            shards = weight_files(folder)
+        except ValueError:  # a broken index: whoever loads the folder will be told
+            shards = ["model-*.safetensors"]
         if not all((folder / shard).exists() for shard in shards):
             folder = fetch(name, [*files, *shards])
     elif not (folder / "model.safetensors").exists() and not (folder / "adapter_config.json").exists():

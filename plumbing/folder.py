@@ -229,11 +229,15 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
 def with_own_marks(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -> ModelConfig:
     """The config with what the tokenizer adds: its eos_token ends a text too (as in trl), and where no file names a
     bos, a text begins with its bos_token, or with <|endoftext|>, as Qwen's do."""
-    files = [read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")
-             if (folder / name).exists()]
+    def read(name):
+        return read_json(folder / name) if (folder / name).exists() else {}
+
+    words = read("tokenizer_config.json")
+    if "added_tokens_decoder" not in words:  # an old folder: there the other file is obeyed
+        words |= read("special_tokens_map.json")
 
     def own(key):  # -> the number of the token, None where there is none
-        token = next((file[key] for file in files if key in file), None)
+        token = words.get(key)
         token = token.get("content") if isinstance(token, dict) else token
         number = tokenizer.token_to_id(token) if isinstance(token, str) else None
         return number if number is not None and number < config.vocab_size else None
@@ -244,6 +248,33 @@ def with_own_marks(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -> M
         bos = next((i for i in (own("bos_token"), endoftext) if i is not None and i < config.vocab_size), None)
     stops = config.eos_token_ids if eos is None or eos in config.eos_token_ids else (*config.eos_token_ids, eos)
     return replace(config, bos_token_id=bos, eos_token_ids=stops)
+
+
+def with_words(name: str | Path, model: nn.Module, tokenizer: Tokenizer | None) -> tuple[nn.Module, Tokenizer]:
+    """(model, tokenizer) of a folder for whoever reads and writes text with them. ValueError where that cannot be."""
+    if tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer.json, so its tokens cannot be read: copy it there from the model "
+                         f"that it was made of.")
+    # Padding without a row does no harm: no prompt holds it.
+    rows, special = model.config.vocab_size, {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
+    beyond = sorted((i, word) for word, i in tokenizer.get_vocab().items()
+                    if i >= rows and not (i in special and "pad" in word.lower()))
+    if beyond:
+        raise ValueError(f"{name} has a tokenizer with {len(beyond)} words for which the model's {rows} embeddings "
+                         f"have no row, the first is {beyond[0][1]!r}: take the tokenizer that it was trained with.")
+    return model, tokenizer
+
+
+def can_stop(name: str | Path, model: nn.Module) -> None:
+    """ValueError where no token ends a completion: all would be cut, be equally long, and teach nothing."""
+    stops, rows = model.config.eos_token_ids, model.config.vocab_size
+    beyond = [i for i in stops if i >= rows]
+    if beyond:
+        raise ValueError(f"{name} ends a text with token {beyond[0]}, and the model knows 0 to {rows - 1}: correct "
+                         f"eos_token_id in its generation_config.json (or config.json, where it has none).")
+    if not stops:
+        raise ValueError(f"{name} names no token that ends a text, so no completion would ever stop: set eos_token_id "
+                         f"in its generation_config.json, or eos_token in its tokenizer_config.json.")
 
 
 def write_model(model: nn.Module, tokenizer: Tokenizer | None, path: str | Path, dtype: torch.dtype | None) -> None:

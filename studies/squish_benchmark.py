@@ -27,7 +27,7 @@ import numpy as np
 from config import Config, parse_budgets
 from eval import complete, find_model
 from model import load
-from plumbing.folder import find_folder, write_file, write_text
+from plumbing.folder import find_folder, with_words, write_file, write_text
 from plumbing.posts import Post, load_posts
 from plumbing.server import Kept, Refused, connect
 from plumbing.significance import interval
@@ -102,7 +102,7 @@ def by_folder(name: str, posts: list[Post], budget, config: Config, args, kept: 
             if found[i, k] is None:
                 todo.append((i, k, key))
     if todo:
-        model, tokenizer = load(find_model(name)[0])
+        model, tokenizer = with_words(name, *load(find_model(name)[0]))
         for k in range(args.samples):
             mine = [(i, key) for i, sample, key in todo if sample == k]
             prompts = [make_task(tokenizer, posts[i], config, budget).prompt for i, _ in mine]
@@ -271,10 +271,9 @@ def main(argv: list[str] | None = None) -> int:
         config = Config(max_new_tokens=args.max_new_tokens, budgets=args.budgets, budget_unit=args.unit,
                         template="tagged")
         budgets = parse_budgets(args.budgets)
-        scorers = [(identity(name), *load(find_model(name)[0])) for name in args.references.split(",")]
+        scorers = [(identity(name), *with_words(name, *load(find_model(name)[0])))
+                   for name in args.references.split(",")]
         args.tokenizer = scorers[0][2]
-        if any(scorer[2] is None for scorer in scorers):
-            raise ValueError("A reference model has no tokenizer.json, so it cannot read the documents.")
         posts = load_posts(args.data, args.split, args.document_field or None, args.summary_field or None,
                            max_posts=args.n, min_chars=args.min_chars)
         if args.max_document:

@@ -33,7 +33,7 @@ from plumbing import folder as folders
 from plumbing import products
 from plumbing.attention import attend
 from plumbing.checkpoint import load_checkpoint, save_checkpoint
-from plumbing.folder import file_parameters, read_json
+from plumbing.folder import can_stop, file_parameters, read_json, with_words
 from tests.helpers import (
     assert_same,
     byte_bpe,
@@ -1115,6 +1115,40 @@ def test_what_git_leaves_without_lfs_is_called_by_its_name(whole, tmp_path, name
     assert "git lfs pull" in message and str(folder / name) in message
 
 
+def test_words_that_the_model_has_no_row_for_are_named():
+    """An added word and an embedding that was not made larger: the policy would fail in the middle of a step, and a
+    judge too. Only padding needs no row: no prompt holds it."""
+    tokenizer = byte_bpe()
+    rows = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(["[PAD]"])
+    model = tiny_model(vocab_size=rows)
+    assert with_words("a-model", model, tokenizer) == (model, tokenizer)
+    tokenizer.add_tokens(["Harold", "Maude"])
+    message = refusal(ValueError, with_words, "a-model", model, tokenizer)
+    assert all(part in message for part in ("a-model", "2 words", f"{rows} embeddings", "'Harold'"))
+    tokenizer = byte_bpe()
+    tokenizer.add_special_tokens(["<|eot_id|>"])  # a template may ask for it
+    assert "<|eot_id|>" in refusal(ValueError, with_words, "a-model", model, tokenizer)
+    assert "no tokenizer.json" in refusal(ValueError, with_words, "a-model", model, None)
+
+
+@pytest.mark.parametrize("config, generation, refused", [
+    ({"eos_token_id": None}, None, "no token that ends"), ({}, {"temperature": 0.7}, "no token that ends"),
+    ({"eos_token_id": 2}, {"eos_token_id": 40}, "token 40"), ({"eos_token_id": 39}, None, "")], ids=str)
+def test_training_without_a_stop_token_is_refused(tmp_path, config, generation, refused):
+    """Every completion would be cut at the same length, and a group of equal rewards teaches nothing."""
+    folder, _ = write_folder(tmp_path, "qwen2")
+    edit_json(folder / "config.json", **config)
+    (folder / "generation_config.json").unlink()
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+    model, _ = load(folder, "cpu")
+    if refused:
+        assert refused in refusal(ValueError, can_stop, folder, model)
+    else:
+        can_stop(folder, model)
+
+
 # --- where a text begins and ends -------------------------------------------------------------------------------------
 
 
@@ -1136,6 +1170,17 @@ def test_generation_stops_where_it_stops_in_trl(tmp_path, family, config, genera
     ids = AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
     want = {*([ids] if isinstance(ids, int) else ids or []), AutoTokenizer.from_pretrained(folder).eos_token_id}
     assert set(load(folder, "cpu")[0].config.eos_token_ids) == want - {None}
+
+
+@pytest.mark.parametrize("words", [{"eos_token": "<|im_end|>"}, {},
+                                   {"eos_token": "<|im_end|>", "added_tokens_decoder": {}}], ids=str)
+def test_the_tokenizer_s_end_is_where_transformers_finds_it(tmp_path, words):
+    """Old folders name it twice, and then special_tokens_map.json counts."""
+    folder, _ = write_folder(tmp_path, "llama", eos_token_id=3)
+    byte_bpe().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(words), encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_start|>"}}', encoding="utf-8")
+    assert load(folder, "cpu")[0].config.eos_token_ids == (3, AutoTokenizer.from_pretrained(folder).eos_token_id)
 
 
 @pytest.mark.parametrize("config, generation, own, bos", [

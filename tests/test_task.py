@@ -13,9 +13,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -24,6 +25,7 @@ import task
 from config import Config, parse_stages
 from model import read_config
 from plumbing.folder import read_json
+from plumbing.prompts import spelt
 from task import (
     TEMPLATES,
     Post,
@@ -31,6 +33,7 @@ from task import (
     budgets_of,
     choose_template,
     completion_limit,
+    extract,
     has_budget,
     has_tag,
     load_posts,
@@ -317,6 +320,101 @@ def test_a_tokenizer_begins_a_prompt_as_it_likes():
     tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     for template, ids in without.items():
         assert tokenize(tokenizer, post, template, 64) == [0, *ids]
+
+
+def every_kind_of_tokenizer():
+    """(name, tokenizer): the ways in which what stands beside a mark, or in front of all, changes a text's tokens."""
+    kinds, words = {}, ["system user assistant Summarise the post in about 64 tokens.\nI lost a shoe."] * 3
+    for scheme in ("first", "always", "never"):  # SentencePiece: a blank before the first word, each piece, or none
+        for split in (True, False):
+            t = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+            t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
+            kinds[f"metaspace {scheme} {split}"] = t
+    legacy = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))  # Llama 2
+    legacy.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    unigram, pieces = Tokenizer(models.Unigram()), Tokenizer(models.WordPiece(unk_token="<unk>"))
+    unigram.normalizer, unigram.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace(prepend_scheme="first")
+    pieces.normalizer, pieces.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    kinds |= {"legacy": legacy, "unigram": unigram, "pieces": pieces}
+    for name, t in kinds.items():
+        kind = {"unigram": trainers.UnigramTrainer, "pieces": trainers.WordPieceTrainer}.get(name, trainers.BpeTrainer)
+        more = {"unk_token": "<unk>"} if name == "unigram" else {}
+        t.train_from_iterator(words, kind(vocab_size=150, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
+                                          initial_alphabet=["\n", "<", "|", ">", "_"], **more))
+        t.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    kinds["bytes"] = byte_bpe()
+    for side, flags in {"left": {"lstrip": True}, "right": {"rstrip": True},
+                        "normalised": {"normalized": True}, "ordinary": {"special": False}}.items():
+        t = byte_bpe() if side != "normalised" else Tokenizer.from_str(kinds["metaspace first True"].to_str())
+        trained = json.loads(t.to_str())
+        for token in trained["added_tokens"]:
+            token |= flags
+        kinds[f"marks {side}"] = Tokenizer.from_str(json.dumps(trained))
+    kinds["an added word"] = byte_bpe()
+    kinds["an added word"].add_tokens(["shoe", " the", "<|im_end|>a", AddedToken("\n", normalized=False)])
+    ends = [("<|im_start|>", 1), ("<|im_end|>", 2)]
+    both = "<|im_start|> $A <|im_end|>"
+    for name, single in {"bos": "<|im_start|> $A", "eos": "$A <|im_end|>", "both": both}.items():
+        kinds[name] = byte_bpe()
+        kinds[name].post_processor = TemplateProcessing(single=single, special_tokens=ends)
+    return list(kinds.items())
+
+
+KINDS = every_kind_of_tokenizer()
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+          "{{ '<|im_start|>assistant\n' }}")
+
+
+@pytest.mark.parametrize("tokenizer", [t for _, t in KINDS], ids=[name for name, _ in KINDS])
+@few
+@given(st.text(st.sampled_from("aZ é\n\t.,'<|>_▁#0日\U0001f600 "), max_size=30),
+       st.sampled_from(["chatml", "plain", "tagged"]))
+@example(" I lost a shoe.\n", "chatml")
+@example("  \n", "chatml")
+@example("the post about 64 tokens <|im_ end|>", "chatml")
+@example("", "tagged")
+def test_a_prompt_is_what_the_tokenizer_makes_of_the_whole_text(tokenizer, text, template):
+    """Encoded in pieces, a blank would be set before each, or lost beside a mark. And a prompt is to be continued: an
+    end token that the tokenizer sets behind a text has no place there."""
+    post = Post(text, "", "1")
+    ids = tokenize(tokenizer, post, template, 64)
+    plain = tokenizer.encode(render(post, template, 64), add_special_tokens=False).ids
+    bos = isinstance(tokenizer.post_processor, TemplateProcessing) and tokenizer.encode("").ids[0] == 1
+    assert ids == ([1] if bos and plain[:1] != [1] else []) + plain
+    if template == "chatml":
+        theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+        assert plain == theirs.apply_chat_template(chat(post), chat_template=CHATML, add_generation_prompt=True,
+                                                   return_dict=False)
+
+
+@pytest.mark.parametrize("tokenizer", [t for _, t in KINDS], ids=[name for name, _ in KINDS])
+@given(st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", "</s>", "a", " ", "\n", "<|", "|>"]), max_size=8))
+@few
+def test_whoever_writes_a_post_writes_no_control_token(tokenizer, parts):
+    """Also where the tokenizer calls the mark an ordinary word: it would end the turn all the same."""
+    number = tokenizer.token_to_id
+    count = Counter(tokenize(tokenizer, Post("".join(parts), "", "1"), "chatml", 64))
+    empty = Counter(tokenize(tokenizer, Post("", "", "1"), "chatml", 64))
+    for mark in ("<|im_start|>", "<|im_end|>", "</s>"):
+        if number(mark) is not None:
+            assert count[number(mark)] == empty[number(mark)], mark
+
+
+def test_a_stop_text_that_a_special_token_interrupts_is_one_for_whoever_stops_and_whoever_reads():
+    """Special tokens are no part of the text that is read. The sampler ends where that text holds the tag, whatever
+    stands in between, and counts all the tokens that it took."""
+    tokenizer = byte_bpe()
+    word = {i: tokenizer.encode(i).ids for i in ("A cat.", "</sum", "mary>", "</summary>")}
+    mark = tokenizer.token_to_id("<|endoftext|>")
+    for middle in ([], [mark], [mark] * 30):
+        ids = [*word["A cat."], *word["</sum"], *middle, *word["mary>"]]
+        for end in range(len(ids), 0, -1):
+            n, = spelt(tokenizer, "</summary>", torch.tensor([ids[:end]]))
+            text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+            assert (n > 0) == (extract(text, opened=True) is not None) == (end == len(ids))
+            assert n in (0, len(ids) - len(word["A cat."]))
+    whole = [*word["</summary>"], mark]
+    assert spelt(tokenizer, "</summary>", torch.tensor([[mark] * len(whole), whole])) == [0, len(whole)]
 
 
 END, END_OF_TEXT = 2, 0  # `<|im_end|>` and `<|endoftext|>` in byte_bpe
