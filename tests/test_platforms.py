@@ -32,6 +32,9 @@ def no_library(name, *args, **more):
 os.stat, os.listdir, builtins.open = map(without_proc, (os.stat, os.listdir, builtins.open))
 import io
 io.open = builtins.open
+import pathlib
+if hasattr(pathlib, "_NormalAccessor"):  # Python 3.10 keeps functions of its own
+    pathlib._NormalAccessor.stat, pathlib._NormalAccessor.open = map(staticmethod, (os.stat, io.open))
 
 import psutil  # its part for Linux needs `resource`, its parts for other systems do not
 sys.modules["resource"] = None  # importing it is an ImportError
