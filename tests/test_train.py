@@ -653,13 +653,13 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(small, cwd, shell):
     assert (cwd / "runs/r/curves.png").exists() and (cwd / "runs/r/model/model.safetensors").exists()
 
 
-def test_a_notebook_s_backend_does_no_harm(finished, cwd):
+@pytest.mark.parametrize("backend", ["module://not_here.backend_inline", "inline_elsewhere"])
+def test_a_notebook_s_backend_does_no_harm(finished, cwd, backend):
     """Of a matplotlib that is elsewhere; and the one that is chosen here stays as it is."""
     shutil.copytree(finished / "runs" / "r", "r")
     Path("r/curves.png").unlink()
     code = ("from pathlib import Path; from plumbing.curves import draw_curves; import os\n"
             "draw_curves(Path('r'), 6, [6]); print(os.environ['MPLBACKEND'])")
-    backend = "module://not_here.backend_inline"
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True,
                           env=os.environ | {"MPLBACKEND": backend, "PYTHONPATH": str(ROOT)})
     assert done.stdout == backend + "\n" and Path("r/curves.png").read_bytes().startswith(b"\x89PNG"), done.stderr
