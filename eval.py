@@ -26,6 +26,7 @@ from metrics import bleu, copy_rate, distinct, meteor, repetition, rouge_l, temp
 from model import load
 from plumbing.folder import read_json, with_words
 from plumbing.hub import VALIDATION
+from plumbing.memory import Full, in_batches
 from plumbing.posts import TINY, Post, has_splits, load_posts, load_split, posts_that_fit, say_differences
 from rewards import NEED_MODEL, NEED_REFERENCE
 from rollout import Group, sample
@@ -80,15 +81,16 @@ def complete(model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int
              batch: int = 64, temperature: float = 0.0, seed: int = 0) -> list[Group]:
     """One completion of each prompt, in the prompts' order; greedy unless there is a temperature.
 
-    `batch` prompts go through the model together, those of like length, so that little is padded. It changes no result.
+    `batch` prompts go through the model together, those of like length, so that little is padded; fewer where memory
+    does not suffice. It changes no result.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    groups: dict[int, Group] = {}
-    for at in range(0, len(order), batch):
-        some = order[at:at + batch]
-        sampled = sample(model, [prompts[i] for i in some], G=1, max_new_tokens=max_new_tokens, temperature=temperature,
-                         seed=seed, tokenizer=tokenizer, stop_text=stop_text)
-        groups |= dict(zip(some, sampled))
+
+    def complete_some(some: Sequence[int]) -> list[Group]:
+        return sample(model, [prompts[i] for i in some], G=1, max_new_tokens=max_new_tokens, temperature=temperature,
+                      seed=seed, tokenizer=tokenizer, stop_text=stop_text)
+
+    groups = dict(zip(order, in_batches(order, batch, complete_some)))
     return [groups[i] for i in range(len(prompts))]
 
 
@@ -281,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
             measured[name] = (task, posts)
             comparing = comparing or not NEED_REFERENCE.isdisjoint(names)
         say_differences(measured, comparing)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, Full) as e:
         print(f"eval.py: {e}", file=sys.stderr)
         return 1
     return 0

@@ -16,6 +16,7 @@ Shapes: B prompts, G completions a prompt (the group), P prompt tokens.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean

@@ -7,9 +7,10 @@ instead: at the start and not after an hour, with a sentence that says which fla
 import ctypes
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 
@@ -23,23 +24,47 @@ class Full(Exception):
     """There is not enough memory; the message says which flag helps."""
 
 
-CGROUP = Path("/sys/fs/cgroup")  # where Linux writes what a container may take and what it has taken
-LIMIT_AND_USE = (("memory.max", "memory.current"),  # version 2
-                 ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))  # version 1
+CGROUP = Path("/sys/fs/cgroup")  # where Linux writes what a group of processes may take and what it has taken
+OWN = Path("/proc/self/cgroup")  # which group this process is in
+# The root of the groups; a group's limit and use; what of the use are files that the system drops when it needs room.
+GROUPS = (("", "memory.max", "memory.current", "inactive_file"),  # version 2
+          ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))  # version 1
+# `ulimit -d`, as it was before `cap_memory` lowered it, and `ulimit -v`: the limit, and psutil's name for its count.
+ULIMITS = [] if sys.platform != "linux" or resource is None else [
+    (limit, name) for limit, name in ((resource.getrlimit(resource.RLIMIT_DATA)[0], "data"),
+                                      (resource.getrlimit(resource.RLIMIT_AS)[0], "vms"))
+    if limit != resource.RLIM_INFINITY]
 
 
-def available(cgroup: Path = CGROUP) -> int | None:
-    """Bytes that this process may still take: what the machine has left, swap included, or what its container allows,
-    whichever is less. None where the system does not say (Linux without /proc)."""
+def available(cgroup: Path = CGROUP, own: Path = OWN) -> int | None:
+    """Bytes that this process may still take: what the machine has left, swap included, or what the smallest limit
+    allows, of those of its container, of the groups around it, and of its shell (`ulimit`). None where the system does
+    not say (Linux without /proc)."""
     try:
         free = psutil.virtual_memory().available + psutil.swap_memory().free
     except OSError:
         return None
-    for limit, use in LIMIT_AND_USE:
-        most = (cgroup / limit).read_text(encoding="utf-8").strip() if (cgroup / limit).exists() else "max"
-        if most != "max":
-            free = min(free, int(most) - int((cgroup / use).read_text(encoding="utf-8")))
-    return free
+    rooms: list = [limit - getattr(psutil.Process().memory_info(), name) for limit, name in ULIMITS]
+    # A line is "0::/user.slice/job.scope" in version 2 and "4:memory:/docker/1a2b" in version 1. In a container the
+    # path may be the one that the host knows: what is not there is passed over, and the root is the container's.
+    lines = own.read_text(encoding="utf-8").splitlines() if own.exists() else []
+    paths = {line.split(":", 2)[1]: line.split(":", 2)[2] for line in lines if line.count(":") > 1}
+    for version, files in zip(("", "memory"), GROUPS):
+        root, *names = files
+        group = Path(paths.get(version, "/"))
+        for each in (group, *group.parents):
+            rooms.append(room_of(cgroup / root / str(each).lstrip("/"), *names))
+    return max(0, min([free, *(room for room in rooms if room is not None)]))
+
+
+def room_of(group: Path, limit: str, use: str, files: str) -> int | None:
+    """Bytes that a group of processes may still take; None where it has no limit."""
+    most = (group / limit).read_text(encoding="utf-8").strip() if (group / limit).exists() else "max"
+    if most == "max":
+        return None
+    stat = (group / "memory.stat").read_text(encoding="utf-8") if (group / "memory.stat").exists() else ""
+    droppable = re.search(rf"^{files} (\d+)$", stat, re.MULTILINE)
+    return int(most) - int((group / use).read_text(encoding="utf-8")) + (int(droppable[1]) if droppable else 0)
 
 
 def cap_memory(device: str) -> int:
@@ -51,6 +76,7 @@ def cap_memory(device: str) -> int:
     RLIMIT_DATA counts private memory that may be written, touched or not. Mapped files and the stacks of libraries'
     threads make its count differ from what is in use, but by little.
     """
+    np.ones((64, 64)) @ np.ones((64, 64))  # OpenBLAS takes its buffers now: refused them later, it ends the process
     free = available()
     if device != "cpu" or free is None or sys.platform != "linux":
         return 0
@@ -103,6 +129,26 @@ def peak(device: str) -> float | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+
+
+def in_batches(items: Sequence, size: int, run: Callable[[Sequence], Sequence]) -> list:
+    """The results of `run` on up to `size` items at a time: on fewer from where that does not fit into memory.
+
+    Raises Full where not even one does.
+    """
+    results: list = []
+    while len(results) < len(items):
+        some = items[len(results):len(results) + size]
+        try:
+            results += run(some)
+        except (RuntimeError, MemoryError) as e:
+            if not is_full(e):
+                raise
+            if len(some) == 1:
+                raise Full("Not even one summary of a held-out post fits into memory: halve the weights with --lean, "
+                           "or leave long posts out with --max-prompt.") from e
+            size = (len(some) + 1) // 2
+    return results
 
 
 def is_full(e: BaseException) -> bool:

@@ -1,6 +1,7 @@
 """A run that does not fit says so before its first step, and says what would fit."""
 
 import re
+import shlex
 import subprocess
 import sys
 import weakref
@@ -12,9 +13,13 @@ import pytest
 import torch
 from helpers import tiny_model
 
+import eval as evaluation
 import grpo
+from config import Config
 from lora import add_lora
+from model import load
 from plumbing import memory
+from plumbing.posts import load_posts
 from train import rehearse_largest_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -271,3 +276,82 @@ def test_the_ref_model_is_rehearsed_too_and_a_fifth_is_kept_aside(monkeypatch):
     seen.clear()
     rehearse_largest_step(policy, ref_model, [[1, 2, 3]], config(), free=1000)
     assert seen == [(200,), ref_model, policy]
+
+
+def test_the_smallest_limit_that_holds_counts(tmp_path, monkeypatch):
+    """A job's group in a user's group, of which the outer one is the tighter; version 2, then version 1."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4000))
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=1000))
+    monkeypatch.setattr(memory, "ULIMITS", [])
+    for root, line, limit, use, files in (("two", "0::/user/job", "memory.max", "memory.current", "inactive_file"),
+                                          ("one/memory", "4:memory:/user/job", "memory.limit_in_bytes",
+                                           "memory.usage_in_bytes", "total_inactive_file")):
+        top = tmp_path / root.partition("/")[0]
+        (tmp_path / root / "user" / "job").mkdir(parents=True)
+        (top / "own").write_text(f"1:cpu:/elsewhere\n{line}\n", encoding="utf-8")
+
+        def limited(group: str, most: str, used: int, root=root, limit=limit, use=use) -> None:
+            (tmp_path / root / group / limit).write_text(f"{most}\n", encoding="utf-8")
+            (tmp_path / root / group / use).write_text(f"{used}\n", encoding="utf-8")
+
+        assert memory.available(top, top / "own") == 5000
+        limited("user/job", "3000", 500)
+        assert memory.available(top, top / "own") == 2500
+        limited("user", "3500", 1500)  # others of this user have taken 1000
+        assert memory.available(top, top / "own") == 2000
+        # Of what they hold, 300 are files that were read and can be dropped.
+        (tmp_path / root / "user/memory.stat").write_text(f"anon 9\n{files} 300\n", encoding="utf-8")
+        assert memory.available(top, top / "own") == 2300
+        limited(".", "2000", 1900)  # in a container the root is the container's
+        assert memory.available(top, top / "own") == 100
+        limited(".", "2000", 2100)
+        assert memory.available(top, top / "own") == 0
+
+
+@linux
+@pytest.mark.parametrize("limit", ["-v", "-d"])
+def test_the_shell_s_limit_counts(limit):
+    """`ulimit -v` counts address space, `ulimit -d` data; both in KiB. What a process has of it already is not free."""
+    code = "from plumbing import memory; import psutil; print(memory.available(), memory.cap_memory('cpu'))"
+    shell = f"ulimit {limit} 12000000; exec {shlex.quote(sys.executable)} -c {shlex.quote(code)}"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, text=True, capture_output=True, check=True)
+    free, capped = map(int, done.stdout.split())
+    assert 0 < free < 12_000_000 << 10 and capped == pytest.approx(free, rel=0.01)
+
+
+# ------------------------------------------------------------------------------------------- evaluation
+
+
+def test_batches_are_halved_where_they_do_not_fit():
+    """Ten items, of which three fit at a time: 8 do not, 4 do not, 2 do. Each is done once, in its order."""
+    tried = []
+
+    def run(some):
+        tried.append(len(some))
+        return [2 * x for x in some] if len(some) <= 3 else full()
+
+    assert memory.in_batches(list(range(10)), 8, run) == [2 * x for x in range(10)]
+    assert tried == [8, 4, 2, 2, 2, 2, 2]
+
+
+def test_not_even_one_is_a_sentence_and_another_error_is_itself():
+    with pytest.raises(memory.Full, match="Not even one summary.*--lean.*--max-prompt"):
+        memory.in_batches([1, 2, 3], 64, full)
+    with pytest.raises(ZeroDivisionError):
+        memory.in_batches([1, 2, 3], 64, lambda some: 1 // 0)
+
+
+def test_an_evaluation_in_smaller_batches_says_the_same(monkeypatch):
+    model, tokenizer = load("tiny")
+    posts = load_posts("tiny", "val")[:9]
+    config = Config(target=6)
+    whole = evaluation.evaluate(model, tokenizer, posts, config)
+    real, sizes = evaluation.sample, []
+
+    def small(model, prompts, **more):
+        sizes.append(len(prompts))
+        return real(model, prompts, **more) if len(prompts) < 4 else full()
+
+    monkeypatch.setattr(evaluation, "sample", small)
+    again = evaluation.evaluate(model, tokenizer, posts, config)
+    assert again["summaries"] == whole["summaries"] and sizes == [9, 5, 3, 3, 3]

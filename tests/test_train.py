@@ -709,13 +709,13 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(small, cwd, shell):
     assert (cwd / "runs/r/curves.png").exists() and (cwd / "runs/r/model/model.safetensors").exists()
 
 
-def test_a_notebook_s_backend_does_no_harm(finished, cwd):
+@pytest.mark.parametrize("backend", ["module://not_here.backend_inline", "inline_elsewhere"])
+def test_a_notebook_s_backend_does_no_harm(finished, cwd, backend):
     """Of a matplotlib that is elsewhere; and the one that is chosen here stays as it is."""
     shutil.copytree(finished / "runs" / "r", "r")
     Path("r/curves.png").unlink()
     code = ("from pathlib import Path; from plumbing.curves import draw_curves; import os\n"
             "draw_curves(Path('r'), 6, [6]); print(os.environ['MPLBACKEND'])")
-    backend = "module://not_here.backend_inline"
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True,
                           env=os.environ | {"MPLBACKEND": backend, "PYTHONPATH": str(ROOT)})
     assert done.stdout == backend + "\n" and Path("r/curves.png").read_bytes().startswith(b"\x89PNG"), done.stderr
@@ -747,3 +747,26 @@ def test_a_clock_that_is_set_back_is_not_seen(halfway, monkeypatch):
 def test_a_seed_may_be_the_time_in_nanoseconds(small, cwd, more):
     args = ["--model", str(small), *SMALL, "--stages", "length:2", "--seed", "1795" + 15 * "0", "--run", "r"]
     assert train.main([*args, *more]) == 0
+
+
+def test_who_resumes_in_less_memory_is_told_what_a_resumed_run_may_change(halfway, capsys, monkeypatch):
+    real = train.memory.rehearse
+    full = RuntimeError("not enough memory")
+
+    def rehearse(model, sample, learn, *, micro_tokens, **more):
+        def small(n):
+            if n > 600:
+                raise full
+            learn(n)
+
+        real(model, sample, small, micro_tokens=micro_tokens, **more)
+
+    monkeypatch.setattr(train.memory, "rehearse", rehearse)
+    said = untouched(halfway, capsys)
+    advice = re.search(r"--micro-tokens (\d+) does", said)
+    assert advice and "can only take" not in said
+    assert train.main(["--resume", "--run", "r", "--micro-tokens", advice[1]]) == 0  # as it says
+    assert [row["step"] for row in lines(halfway / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    monkeypatch.setattr(torch, "ones_like", lambda p: (_ for _ in ()).throw(full))
+    said = refused(capsys, "--resume", "--run", "r")
+    assert "AdamW's two moments" in said and "can only take --checkpointing and a lower --micro-tokens" in said
