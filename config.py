@@ -35,6 +35,7 @@ class Config:
 
     # --- what is learnt, and from which posts ---
     # A model is a Hugging Face folder; posts are JSON lines with a document and, for most rewards, somebody's summary.
+    # Which field holds which is guessed from the usual names (plumbing/posts.py).
     model: str = flag("tiny", "a Hugging Face folder, a hub name, or tiny")
     data: str = flag("tiny", "posts to train on: tiny, a folder with train.jsonl, a .jsonl, .csv, .json or .parquet "
                              "file, or a hub data set such as mlabonne/smoltldr")

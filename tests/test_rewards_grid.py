@@ -114,7 +114,7 @@ def commands(tmp_path, monkeypatch):
         folder = Path("runs") / command[3]
         config = {"stages": ["length:2", "bleu:1"], "target": 20}
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        (folder / "eval.jsonl").write_text("".join(json.dumps({"stage": i}) + "\n" for i in range(3)), encoding="utf-8")
+        (folder / "eval.jsonl").write_text("".join(json.dumps({"step": i, "stage": i}) + "\n" for i in range(3)), encoding="utf-8")
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(rewards_grid.subprocess, "run", run)
@@ -152,7 +152,8 @@ def test_it_is_tested_on_the_first_test_posts_for_its_target_and_not_again(tmp_p
     monkeypatch.setattr(rewards_grid, "load", lambda folder: (folder, "its tokenizer"))
     monkeypatch.setattr(rewards_grid, "evaluate", evaluate)
     kl = [*range(100, 111), None, *range(1, 10)]  # of 21 steps: the last ten are a skipped one... and 1 to 9
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"kl": value}) + "\n" for value in kl), encoding="utf-8")
+    rows = [json.dumps({"step": step, "stage": 1, "kl": value}) + "\n" for step, value in enumerate(kl, 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(rows), encoding="utf-8")
     first = rewards_grid.test(tmp_path, tmp_path / "model", 4, 20)
     assert asked == [(tmp_path / "model", "its tokenizer", 20)] and (first["target"], first["kl"]) == (20, 5)
     assert [row["id"] for row in first["summaries"]] == ["test-0", "test-1", "test-2", "test-3"]

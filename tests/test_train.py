@@ -655,9 +655,9 @@ def test_the_completions_of_a_step_that_fails_are_kept(halfway, capsys, monkeypa
 
     monkeypatch.setitem(REWARDS, "length", fails)
     monkeypatch.setattr(train, "evaluate", lambda *args: pytest.fail("the run was resumed in the middle of a stage"))
-    assert train.main(["--resume", "--run", "r"]) == 1
-    captured = capsys.readouterr()
-    assert "Step 4 failed." in captured.out and "my reward has no answer" in captured.err
+    with pytest.raises(RuntimeError, match="The reward 'length' failed with ValueError"):  # and its traceback
+        train.main(["--resume", "--run", "r"])
+    assert "Step 4 failed." in capsys.readouterr().out
     rows = lines(halfway / "failed.jsonl")
     assert [row["step"] for row in rows] == [4, 4] and [len(row["completions"]) for row in rows] == [4, 4]
     assert seen[0] in rows[0]["completions"]
