@@ -114,7 +114,8 @@ def commands(tmp_path, monkeypatch):
         folder = Path("runs") / command[3]
         config = {"stages": ["length:2", "bleu:1"], "target": 20}
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        (folder / "eval.jsonl").write_text("".join(json.dumps({"step": i, "stage": i}) + "\n" for i in range(3)), encoding="utf-8")
+        rows = [json.dumps({"step": i, "stage": i}) + "\n" for i in range(3)]
+        (folder / "eval.jsonl").write_text("".join(rows), encoding="utf-8")
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(rewards_grid.subprocess, "run", run)
