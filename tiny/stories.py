@@ -23,21 +23,38 @@ import random
 import re
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from zlib import crc32
 
-WOMEN = """Ada Agnes Alice Amina Anna Astrid Beata Bella Bianca Carla Celia Clara Dana Daphne Dora Edith Elena Elsa Emma
-Erika Esther Fatima Fiona Frida Gloria Greta Hanna Hilda Ida Ines Irene Iris Jana Julia Karin Kira Laura Lena Lucia
-Magda Mara Marta Mia Nadia Nora Olga Paula Petra Rita Rosa Ruth Sara Selma Sofia Tamar Tessa Ursula Vera Wanda
-Yasmin Zoe""".split()
-MEN = """Aaron Adam Ahmed Alan Albert Anton Arthur Ben Boris Bruno Carl Cyril Daniel David Dylan Edgar Emil Erik Felix
-Frank Georg Gustav Hamid Harold Henrik Hugo Igor Ivan Jacob Jan Jonas Karim Kevin Klaus Lars Leo Louis Luca Marco
-Martin Max Milan Nils Noah Oliver Omar Oscar Otto Pablo Paul Peter Ralph Ravi Robert Rufus Samuel Simon Stefan Theo
-Tom Victor Walter Yusuf""".split()
-TOWNS = """Aldbury Amberg Arlow Ashford Barrow Bellmar Bergen Bexley Bray Brenton Calder Carlow Cobham Corby Dalton
-Denby Dover Dunmore Eastry Elmsdale Fairford Falmer Fenwick Galway Gorham Graz Halden Harlow Hexham Holby Ingham
-Kelso Kendal Kirkwall Lamberg Langley Linz Lisburn Malmo Marlow Melrose Milford Morley Newbury Norwick Oakham Ostend
-Padstow Penrith Porthill Ravens Redford Rosslare Rye Salford Selby Skipton Stanton Tarbert Thornby Tilburg Utrecht
-Wexford Whitby Winslow Yarm""".split()
-STREETS = "Mill Church Station Castle Bridge Garden Market Park School Harbour Forest King Queen River Chapel".split()
+# Names are put together, so that there are thousands of each kind, most of them several tokens long. Guessing the
+# likeliest name is then never as good as looking it up in the post.
+NAMES = {  # beginnings, middles, ends: one of each
+    "woman": ("""A Ada Ali Ama Be Bea Bi Bra Ca Ce Cla Co Da De Di Do E Ele Eli Eme Fa Fe Fi Flo Ga Ge Gi Gre Ha He Hi I
+        Ida Ire Ja Jo Ju Ka Ki Kla La Le Li Lo Lu Ma Me Mi Mo Na Ne Ni No O Oli Pa Pe Phi Ra Re Ro Ru Sa Se Si So Su Ta
+        Te Ti To U Va Ve Vi Wa Wi Ya Yo Za Zo""", "b d dr f l ld ll lm m n nd nn r rl rn rr s ss st t th tr tt v z",
+        "a ana ea ella elle ette ia ina ine is ita ora"),
+    "man": ("""A Ada Ala Ama Ba Be Bo Bra Bru Ca Ce Co Cy Da De Do Dra E Eda Eme Fa Fe Fi Fra Ga Ge Gre Gu Ha He Ho Hu I
+        Iva Ja Jo Ju Ka Ke Kle La Le Li Lo Lu Ma Me Mi Mo Na Ne Ni No O Ola Pa Pe Pi Qui Ra Re Ro Ru Sa Se Si Ste Ta Te
+        Ti To U Va Ve Vi Wa Wi Ya Yo Za""", "b d dr f l ld ll lm m n nd nn r rl rn rr s ss st t th tr tt v z",
+        "an ard ek er ert ian in o on or us"),
+    "town": ("""Ald Am Ar Ash Bar Bex Bir Bol Bram Bur Cal Car Chel Clay Cor Cran Dal Den Dun East El Elm Fal Fen Fern
+        Gar Glen Gor Hal Har Hart Hex Hol Ing Kel Ken King Lang Lin Long Mal Mar Mel Mil Mor New Nor Oak Old Pen Port
+        Ra Red Ros Rye Sal Sel Shel Skip Stan Stour Tar Thorn Til Up Wal Wel Wex Whit Win Yar""",
+        "", "beck borough bourne bury caster combe cott dale den don field ford grave ham hampton hurst ing kirk low "
+            "mere minster mouth more ness over port sey shaw stead stoke stow ton wald wich wick wold worth"),
+    "street": ("""Abbot Apple Baker Barley Bell Birch Black Bridge Brook Castle Cedar Chapel Cherry Cloth Copper Corn
+        Cross Dove Eagle Fair Fern Fish Fox Gold Goose Grain Green Hay Hazel Heron High Hill Honey Horn Iron Ivy King
+        Lamb Lark Lime Linden Long Maple Market Meadow Mill Moor Needle North Oak Orchard Otter Park Pear Plum Pond
+        Queen Raven River Rose Salt School Silver South Spring Stone Straw Summer Swan Thistle Tower Vine Water West
+        Wheat Willow Wind Wool""",
+        "", "acre bank barn court croft gate hall house lane mead pool ridge side well yard"),
+    "pet": ("""Ba Bi Bin Bo Bub Bum Cap Chi Cod Coo Dib Dim Do Dum Fid Fi Flo Fud Gin Gob Gus Ha Hob Jab Jin Jo Ku Lo
+        Lum Ma Mi Mop Muf Nib Noo Nug Pad Pe Pip Pog Pud Ra Rib Rol Sa Scam Sni Soc Ta Tib To Tof Tum Wag Wi Zig Zo""",
+        "", "ba bee bert bin bles boo by cho cuit dle do fee fin fles fy gles go gy kin kins ko lo mo nut pa per pin "
+            "py ro ster tle to ton zer zle zy"),
+    "maker": ("""A Ba Be Bo Ca Ce Co Da De Do E Fa Fe Ga Ge Ha He I Ju Ka Ko La Le Lu Ma Me Mo Na No O Pa Po Ra Re Ro Sa
+        Se So Ta Te To U Va Ve Vo Wa Xe Ya Za Ze""", "b d g k l ld lm m n nd ng nt r rd rm rt s st t v z",
+        "ano ax elle eon ex ion ix o on ora um"),
+}
 NUMBERS = "two three four five six seven eight nine ten eleven twelve".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
@@ -93,7 +110,7 @@ topic home repair: room=kitchen|bathroom|hall|bedroom|attic|cellar
   end   [the landlord|the insurance] paid {dear} euros/ for [the damage|a new floor]/@ in {month}
   end   the {room} was finished/ {n} days late/ and looked [better than before|like new|rather odd]
   aside the [paint|tape|hammer] had cost {cheap} euros/ at a shop/ on {street} Street
-topic lost pet: pet=cat|dog|parrot|rabbit|tortoise|goat; pname=Biscuit|Pepper|Toffee|Ziggy|Captain|Noodle
+topic lost pet: pet=cat|dog|parrot|rabbit|tortoise|goat
   open  {P} lost {his} {pet} {pname}/ in {town}/@ on {day}
   open  {P}'s {pet} {pname} ran away/ from {his} house( on {street} Street)/ in {town}/@ on {day}
   but   [nobody had seen the animal/ for {n} days|the gate had been left open/ by a postman|a storm had scared {pname}]
@@ -101,9 +118,9 @@ topic lost pet: pet=cat|dog|parrot|rabbit|tortoise|goat; pname=Biscuit|Pepper|To
   end   [a girl|a fisherman|a bus driver] found {pname}/ [in a shed|under a boat|on a roof]/ {m} miles away
   end   {pname} came back alone/ at {hour}/, [wet|hungry|muddy] but [happy|healthy]
   aside {pname} liked [cheese|warm socks|carrots|the sofa]/ and hated [thunder|brooms|baths]
-topic lost luggage: thing=suitcase|rucksack|guitar case|trunk|blue box
+topic lost luggage: thing=suitcase|rucksack|guitar case|trunk|tool box
   open  {P} flew (home )from {town2} to {town}/@ on {day}/ for [a wedding|a concert|a job talk|a holiday]
-  but   {his} {thing} [was not on the belt|went to the wrong town|was taken by a stranger]/ [at the airport|by mistake]
+  but   {his} {maker} {thing} [was not there|went to the wrong town|was taken by a stranger]/ [in the hall|by mistake]
   then  {he} [waited|queued|argued] at the desk/ for {mins} minutes/ and filled in {n} forms
   end   the {thing} [arrived|was returned]/ {m} days later/ with [a broken lock|a kind note|a wet label]
   end   the airline paid {him} {dear} euros/ for the lost {thing}/@ in {month}
@@ -118,8 +135,8 @@ topic cooking contest: dish=fish soup|plum cake|onion pie|mushroom stew|lemon ta
   aside the judges sat [under a tent|at a long table|on the stage]/ in {colour} aprons
 topic flat-sharing: thing=fridge|washing machine|kettle|toaster|oven|heater
   open  {P} and {friend} shared a( cheap) flat/ on {street} Street/ in {town}
-  but   they [argued|quarrelled] about the {thing}/@ on {day}/ and did not speak/ for {n} days
-  but   [a stranger|a visitor|the cat] broke the {thing}/@ on {day}/ and nobody wanted to pay {dear} euros
+  but   they [argued|quarrelled] about the {maker} {thing}/@ on {day}/ and did not speak/ for {n} days
+  but   [a stranger|a visitor|the cat] broke the {maker} {thing}/@ on {day}/ and nobody wanted to pay {dear} euros
   then  {he} [wrote a cleaning plan|called a meeting|made a list of rules]/ with {m} points/@ {later}
   end   they [bought a new one|agreed to share the cost]/ for {cheap} euros each/ and [cooked|ate] together again
   end   {he} moved out/ in {month}/ and found a room/ in {town2}
@@ -173,7 +190,7 @@ topic choir: song=lullaby|sea song|hymn|love song|folk song
   end   the concert was moved/ to {month}/ and all {count} tickets stayed valid
   aside the choir had {k} [sopranos|tenors|members]/ in {colour} [robes|ties|shawls]
 topic second-hand car: part=engine|gearbox|exhaust|brake|heater
-  open  {P} bought a( {colour}) second-hand car/ for {dear} euros/ in {town}/@ on {day}
+  open  {P} bought a( {colour}) second-hand {maker} car/ for {dear} euros/ in {town}/@ on {day}
   but   the {part} [failed|broke|began to smoke]/ after {count} miles/ on the road to {town2}
   but   the car [turned out to be stolen|had no papers|was older than the seller said]/@ {later}
   then  {he} [went back to|called|wrote to] the seller/ {n} times/ and asked for the money
@@ -185,7 +202,7 @@ topic birthday party: gift=kite|drum|puppy|telescope|bicycle|tent
   but   [the cake fell on the floor|the dog ate the cake]/ at {hour}/, before the {count} guests arrived
   but   the guests went to the wrong house/ on {street} Street/ and waited there/ for {mins} minutes
   then  {he} [ordered {n} pizzas|baked {n} trays of biscuits|made {n} bowls of salad]/ and lit {m} candles
-  end   everybody [danced|sang|played cards]/ until {hour}/ and the {gift} was the best present
+  end   everybody [danced|sang|played cards]/ until {hour}/ and the {maker} {gift} was the best present
   end   the party moved/ to [the garden|the beach|a bowling hall]/ and ended [with fireworks|in the rain|with a song]
   aside the balloons were {colour}/ and there were {k} of them
 topic museum theft: art=painting|vase|crown|mask|coin|clock
@@ -230,7 +247,7 @@ topic library: book=cookbook|atlas|diary|novel|songbook|bird guide
   end   the library [thanked {him}|let {him} go|forgave {him}]/ with a [free card|smile|handshake]
   aside the reading room was {colour}/ and had {count} [lamps|armchairs]
 topic boat trip: boat=rowing boat|sailing boat|motor boat|canoe|raft
-  open  {P} took a {boat}/ from {town} to {town2}/@ on {day}/ with {n} [tourists|children|friends]
+  open  {P} took a {maker} {boat}/ from {town} to {town2}/@ on {day}/ with {n} [tourists|children|friends]
   but   the {boat} [hit a rock|ran onto sand|began to leak]/ {mins} minutes later/ near [a lighthouse|a bridge]
   but   [a rope broke|a storm came up|fog came down]/ at {hour}/ and the {boat} drifted/ for {m} miles
   then  {he} [shouted for help|waved a {colour} shirt|bailed with a shoe]/ until [divers|a fishing crew] noticed
@@ -238,7 +255,7 @@ topic boat trip: boat=rowing boat|sailing boat|motor boat|canoe|raft
   end   the {boat} sank/ but everybody swam ashore/ and drank [tea|cocoa|soup]/ in a [pub|tent|chapel]
   aside a [seal|gull|swan] followed the boat/ and stole [a sandwich|a biscuit|an ice cream]
 topic phone repair: place=sink|pond|bath|fountain|bucket|pot of soup
-  open  {P} dropped {his}( new) phone/ into a {place}/ in {town}/@ on {day}
+  open  {P} dropped {his}( new) {maker} phone/ into a {place}/ in {town}/@ on {day}
   but   the phone stayed dark/ and {he} feared for [the wedding photos|{n} years of letters|the tickets to {town2}]
   but   the shop on {street} Street [wanted|asked for] {dear} euros/ and {m} weeks( of time)
   then  {friend} [dried the phone in rice|worked on the phone|left the phone on a heater]/ for {k} hours
@@ -319,19 +336,31 @@ def polish(text: str) -> str:
     return re.sub(r"\ba (?=[aeiou])", "an ", re.sub(r"[()]", "", text))  # "a( orange) car" is now "an orange car"
 
 
-def cast(rng: random.Random) -> dict[str, str]:
+def name(kind: str, rng: random.Random, held_out: bool, but: tuple[str, ...] = ()) -> str:
+    """A name that is not one of `but`. Every tenth that can be put together is kept for held-out posts."""
+    parts = [part.split() or [""] for part in NAMES[kind]]
+    while True:
+        word = "".join(map(rng.choice, parts))
+        if held_out == (crc32(word.encode()) % 10 == 0) and word not in but:
+            return word
+
+
+def cast(rng: random.Random, held_out: bool) -> dict[str, str]:
     """The slots of one story. The friend has the other gender, so that "he" and "she" never need explaining."""
-    roles = [(WOMEN, "she", "her", "her"), (MEN, "he", "him", "his")]
+    roles = [("woman", "she", "her", "her"), ("man", "he", "him", "his")]
     (mine, he, him, his), (others, *_) = rng.sample(roles, 2)
-    name, (n, m, k) = rng.choice(mine), rng.sample(NUMBERS, 3)
-    (town, town2, away), (street, lane) = rng.sample(TOWNS, 3), rng.sample(STREETS, 2)
-    sis, bro = (rng.choice([x for x in names if x != name]) for names in (WOMEN, MEN))
-    friend = rng.choice([x for x in others if x not in (sis, bro)])
+    P, (n, m, k) = name(mine, rng, held_out), rng.sample(NUMBERS, 3)
+    sis, bro = name("woman", rng, held_out, (P,)), name("man", rng, held_out, (P,))
+    town = name("town", rng, held_out)
+    town2 = name("town", rng, held_out, (town,))
+    street = name("street", rng, held_out)
     return dict(
-        P=name, he=he, him=him, his=his, sis=sis, bro=bro, friend=f"{his} {rng.choice(KIN)} {friend}",
-        town=town, town2=town2, away=away, street=street, lane=lane, n=n, m=m, k=k, age=str(rng.randint(61, 99)),
-        small=str(rng.randint(2, 9)), cheap=str(5 * rng.randint(3, 19)), dear=str(10 * rng.randint(12, 95)),
-        count=str(rng.randint(20, 99)), mins=str(5 * rng.randint(2, 11)), day=rng.choice(DAYS),
+        P=P, he=he, him=him, his=his, sis=sis, bro=bro,
+        friend=f"{his} {rng.choice(KIN)} {name(others, rng, held_out, (sis, bro))}", pname=name("pet", rng, held_out),
+        maker=name("maker", rng, held_out), town=town, town2=town2, away=name("town", rng, held_out, (town, town2)),
+        street=street, lane=name("street", rng, held_out, (street,)), n=n, m=m, k=k, age=str(rng.randint(61, 99)),
+        small=str(rng.randint(2, 9)), cheap=str(rng.randint(13, 99)), dear=str(rng.randint(101, 989)),
+        count=str(rng.randint(20, 99)), mins=str(rng.randint(11, 58)), day=rng.choice(DAYS),
     )  # fmt: skip
 
 
@@ -371,12 +400,12 @@ def length(points: list[Fact], level: list[int]) -> int:
     return joiners + sum(len(fact.forms[i].split()) for fact, i in zip(points, level, strict=True))
 
 
-def story(rng: random.Random) -> Story:
+def story(rng: random.Random, held_out: bool = False) -> Story:
     """Draw until document (45 to 85 words) and reference (21 to 29) have their length: about three in four do."""
     while True:
         topic = rng.choice(list(PLOTS))
-        plot, slots = PLOTS[topic], cast(rng)
-        name, he = slots["P"], slots["he"]
+        plot, slots = PLOTS[topic], cast(rng, held_out)
+        P, he = slots["P"], slots["he"]
         for let in plot["let"]:
             slot, values = let.split("=")
             slots[slot] = rng.choice(values.split("|"))
@@ -395,9 +424,9 @@ def story(rng: random.Random) -> Story:
         facts, before = [], ""
         for kind, line in script:
             fact = tell(line, slots, rng, LEADS.get(kind, ("",)), kind != "aside")
-            unclear = not before.startswith((name, he.title()))  # somebody else was spoken of: who is "she" again?
+            unclear = not before.startswith((P, he.title()))  # somebody else was spoken of: who is "she" again?
             if fact.forms[0].startswith(he + " ") and (unclear or rng.random() < 0.15):
-                fact = replace(fact, sentence=re.sub(rf"(?i)\b{he}\b", name, fact.sentence, count=1))
+                fact = replace(fact, sentence=re.sub(rf"(?i)\b{he}\b", P, fact.sentence, count=1))
             facts.append(fact)
             before = fact.sentence
         document, reference = " ".join(f.sentence for f in facts), careful([f for f in facts if f.point])
