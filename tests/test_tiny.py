@@ -2,8 +2,11 @@
 
 import json
 import random
+import re
 import sys
+from itertools import product
 from statistics import fmean
+from zlib import crc32
 
 import pytest
 import torch
@@ -33,6 +36,29 @@ def test_no_post_is_in_two_splits_or_twice():
     assert {split: len(posts) for split, posts in POSTS.items()} == make.SPLITS
     assert len(set(documents)) == len(documents)
     assert all(post.reference for posts in POSTS.values() for post in posts)
+
+
+def test_held_out_posts_name_nobody_whom_training_knew():
+    """Held-out posts are about people, towns, streets, pets and makers of their own: a summary of one can be true only
+    by reading it."""
+    common = {*stories.DAYS, *stories.MONTHS, "Street", "French", "Spanish", "Dutch"}
+
+    def names(split: str) -> set[str]:
+        inside = (set(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", post.document)) for post in POSTS[split])
+        return set().union(*inside) - common
+
+    known = names("train")
+    assert len(known) > 5000 and len(names("test")) > 800
+    assert not (names("test") | names("val")) & known
+
+
+@pytest.mark.parametrize("kind", stories.NAMES)
+def test_there_are_thousands_of_each_name_and_one_in_ten_is_held_out(kind):
+    rng, parts = random.Random(0), [part.split() or [""] for part in stories.NAMES[kind]]
+    drawn = {held_out: {stories.name(kind, rng, held_out) for _ in range(3000)} for held_out in (False, True)}
+    assert not drawn[False] & drawn[True]
+    words = {"".join(word) for word in product(*parts)}
+    assert len(words) > 1000 and 0.07 < sum(crc32(word.encode()) % 10 == 0 for word in words) / len(words) < 0.13
 
 
 def test_the_posts_are_the_generators(tmp_path, monkeypatch):
@@ -87,6 +113,26 @@ def test_it_writes_summaries_but_misses_the_length(tiny):
     assert r["within_10pct"] < 0.35 and r["stopped"] > 0.9
     strangers = fmean(rouge_l(row["summary"], post.reference) for row, post in zip(r["summaries"][1:], posts))
     assert r["rouge_l"] > 0.35 > strangers + 0.1  # about this post, not about posts
+
+
+def test_it_copies(tiny):
+    """Shown random tokens twice, it says the second half from the first: what a true name in a summary needs."""
+    model, rng = tiny[0], random.Random(0)
+    said = []
+    for _ in range(40):
+        ids, half, _ = make.echo(rng, 5, 40)
+        tokens = torch.tensor([ids])  # [1, T]
+        with torch.no_grad():
+            guesses = model(tokens).argmax(-1)[0]  # [T]
+        said += (guesses[half - 1:-1] == tokens[0, half:]).tolist()
+    assert fmean(said) > 0.9
+
+
+def test_its_summaries_are_true_and_not_empty(tiny):
+    """Names and numbers stand in the post, also those that it has never met; and there are some."""
+    posts = POSTS["test"][:100]
+    r = evaluate(*tiny, posts, Config(target=30))
+    assert r["invented"] < 0.05 and r["names"] > 2.5
 
 
 def test_a_summary_saves_bits_of_its_own_document(tiny):
