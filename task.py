@@ -25,7 +25,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from config import Config, parse_budgets
-from metrics import distinct, repetition, templated
+from metrics import distinct, invented, repetition, templated
 from model import Transformer
 from plumbing.posts import Post, load_posts
 from plumbing.prompts import encode_prompt
@@ -255,6 +255,8 @@ def score(groups: Sequence[Group], tasks: Sequence[Task], reward: Reward, config
             **on_target(summaries, lengths, tasks, config, tokenizer),
             "distinct": fmean(map(distinct, summaries)),
             "templated": templated(summaries),
+            "invented": fmean(invented(text, task.post.document) for texts, task in zip(summaries, tasks)
+                              for text in texts),
             "repetition": fmean(repetition(text) for texts in summaries for text in texts)}
 
 

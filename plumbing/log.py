@@ -22,13 +22,14 @@ COLUMNS = (("reward", "reward", 7, "{:.3f}"), ("length", "length", 6, "{:.1f}"),
            ("within_10pct", "±10%", 5, "{:.0%}"), ("over", "over", 5, "{:.0%}"), ("missing", "none", 5, "{:.0%}"),
            ("kl", "kl", 6, "{:.3f}"), ("entropy", "entropy", 7, "{:.2f}"),
            ("distinct", "distinct", 8, "{:.2f}"), ("templated", "templ", 5, "{:.0%}"),
+           ("invented", "invent", 6, "{:.0%}"),
            ("clip_frac", "clip", 5, "{:.0%}"), ("flat_groups", "flat", 5, "{:.0%}"), ("grad_norm", "grad", 5, "{:.2f}"),
            ("logp_gap", "gap", 6, "{:.0e}"), ("tokens_per_s", "tok/s", 6, "{:.0f}"))
 
 
 # These pay for no length. What a forker's reward pays for, nobody knows.
 ANY_LENGTH = {"rouge_l", "bleu", "char_bleu", "meteor", "embedding", "squish", "cost", "copy_rate", "repetition",
-              "distinct", "format"}
+              "twice", "invented", "distinct", "format"}
 
 
 class Log:
