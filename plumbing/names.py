@@ -23,13 +23,14 @@ and although because but even if instead lest nor not once only or otherwise pro
 unless whereas while yet
 am are be been being is was were can cannot could did do does had has have having let might must ought shall should
 would
-actually again ago afterwards ahead almost already also always anyway apparently away back basically better certainly
+actually afterwards again ago ahead almost already also always anyway apparently away back basically better certainly
 clearly currently early else especially eventually ever exactly far finally first firstly fortunately further
-furthermore generally hence here hopefully however immediately indeed initially just last lastly late later lately least
-less luckily maybe meanwhile mostly naturally nearly never nevertheless nonetheless normally now obviously often
+furthermore generally hence here hopefully however immediately indeed initially just last lastly late lately later
+least less luckily maybe meanwhile mostly naturally nearly never nevertheless nonetheless normally now obviously often
 originally overall perhaps please possibly previously probably quickly quite really recently sadly second secondly
 simply slowly sometimes soon sorry still subsequently suddenly surely surprisingly thank thankfully thanks there
-thereafter therefore third thirdly today together tomorrow tonight too twice ultimately unfortunately usually very well yes yesterday
+thereafter therefore third thirdly today together tomorrow tonight too twice ultimately unfortunately usually very
+well yes yesterday
 mr mrs ms dr tl edit update
 """.split())
 
