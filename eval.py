@@ -70,6 +70,9 @@ def fit_posts(model, tokenizer, splits: Sequence[Sequence[Post]], config) -> lis
         splits = [[replace(post, document=shorten(tokenizer, post.document, config.max_document)) for post in posts]
                   for posts in splits]
     config.max_new_tokens = max(completion_limit(tokenizer, posts, config) for posts in splits)
+    if config.overlong >= config.max_new_tokens:
+        raise ValueError(f"--overlong {config.overlong}: completions are cut at {config.max_new_tokens} tokens, so all "
+                         f"would be too long. Take a smaller zone, or raise --max-new-tokens.")
 
     def longest_prompt(post: Post) -> list[int]:
         return max((make_task(tokenizer, post, config, budget).prompt for budget in budgets_of(config)), key=len)
@@ -106,13 +109,14 @@ def evaluate(model, tokenizer, posts: Sequence[Post], config, scorers: Sequence 
     """
     stages = parse_stages(config.stages)
     config = replace(config, template=config.template or choose_template(model, tokenizer, reward_names(stages)))
+    # One cut for all budgets; --overlong counts from it, too.
+    config.max_new_tokens = completion_limit(tokenizer, posts, config)
     results, rows = {}, []
     for budget in budgets_of(config):
         # A group of one for each post. What compares the members of a group (`distinct`, the worst total, the penalty)
         # has nobody to compare with: such parts of a reward mean something else here than in training.
         tasks = [make_task(tokenizer, post, config, budget) for post in posts]
-        groups = complete(model, tokenizer, [task.prompt for task in tasks],
-                          completion_limit(tokenizer, posts, config),
+        groups = complete(model, tokenizer, [task.prompt for task in tasks], config.max_new_tokens,
                           CLOSE if has_tag(config.template) else "", batch)
         means = score(groups, tasks, stages[-1].reward, config, tokenizer, scorers)
         means.pop("reward_std")  # of groups of one

@@ -1,7 +1,7 @@
 """Rewards: text in, numbers out.
 
-What a summary is paid is decided here. Two things come from elsewhere: the numbers of squish.py, and `task.penalise`
-(`--missing penalty`). Three things live in this file:
+What a summary is paid is decided here. Two things come from elsewhere: the numbers of squish.py, and what
+`task.score_group` adds (`--overlong`, `--missing penalty`). Three things live in this file:
 
 1. `length_penalty`, the one measure that is made for training; the others are metrics (`metrics.py`);
 2. `REWARDS` and `GROUP_REWARDS`, the tables that give each measure a name (a forker's first stop);
