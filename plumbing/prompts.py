@@ -7,7 +7,7 @@ import secrets
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
-from plumbing.thoughts import without_thoughts
+from plumbing.thoughts import is_ended
 
 MARK = re.compile(r"<\|[^<>|]+\|>")  # how ChatML and its descendants spell control tokens
 TAG = re.compile(r"<[^<>\[\]]+>|\[[^<>\[\]]+\]")  # and others: <end_of_turn>, [INST]
@@ -81,7 +81,7 @@ def spelt(tokenizer: Tokenizer, stop_text: str, tokens: Tensor) -> list[int]:
 
     Special tokens are no text, here as in the texts that are read: one in the middle interrupts nothing. Each of the
     others is a byte at least, so as many of them as the text has bytes hold it. What comes after it in the same token
-    does not matter. In thoughts it is a mention, and ends nothing.
+    does not matter. Where it is only mentioned, it ends nothing.
     """
     special, width = special_ids(tokenizer, tokenizer.get_vocab_size()), len(stop_text.encode())
     last = tokens[:, -width:].tolist()
@@ -92,7 +92,7 @@ def spelt(tokenizer: Tokenizer, stop_text: str, tokens: Tensor) -> list[int]:
             last[i] = row[text[0]:] if text else []
     counts = [0] * len(last)
     for i, text in enumerate(tokenizer.decode_batch(last, skip_special_tokens=True)):
-        if stop_text in text and stop_text in without_thoughts(tokenizer.decode(tokens[i].tolist(), True)):
+        if stop_text in text and is_ended(tokenizer.decode(tokens[i].tolist(), True), stop_text):
             sizes = range(1, len(last[i]) + 1)
             counts[i] = next(n for n in sizes if stop_text in tokenizer.decode(last[i][-n:], True))
     return counts

@@ -417,6 +417,22 @@ def test_a_stop_text_that_a_special_token_interrupts_is_one_for_whoever_stops_an
     assert spelt(tokenizer, "</summary>", torch.tensor([[mark] * len(whole), whole])) == [0, len(whole)]
 
 
+@pytest.mark.parametrize("before", [
+    "", "I write between <summary> and </summary>. ", "Tags: `<summary>` and `</summary>`.\n",
+    "我写在<summary>和</summary>之间。", "Form: <summary>...</summary>\n", "zwischen <summary> und </summary>: ",
+    "Write <summary></summary>, so: ", "<think>One <summary>I do not mean.</summary></think> ",
+    "the <summary> and the </summary> tag\n\n"])
+@pytest.mark.parametrize("pair", ["<summary>A cat sat.</summary>", "<summary>\nA cat\n</summary>",
+                                  " <summary> A cat named Tom sat on a mat </summary>"])
+def test_a_pair_of_tags_that_is_only_named_ends_no_completion(before, pair):
+    """The sampler ends with the first pair that means it, and that is the one that is read."""
+    tokenizer = byte_bpe()
+    ids = tokenizer.encode(before + pair).ids
+    ended = [end for end in range(1, len(ids) + 1) if spelt(tokenizer, "</summary>", torch.tensor([ids[:end]]))[0]]
+    assert ended[:1] == [len(ids)]
+    assert extract(tokenizer.decode(ids), opened=False) == pair.strip()[9:-10].strip()
+
+
 END, END_OF_TEXT = 2, 0  # `<|im_end|>` and `<|endoftext|>` in byte_bpe
 
 
