@@ -184,6 +184,54 @@ def test_who_checkpoints_is_not_told_to():
         rehearse(learn=small, checkpointing=True)
 
 
+@pytest.mark.parametrize("dtype, adapters, checkpointing, prompts, says", [
+    (torch.float32, False, False, 2, ["--lean, or --lora 16", "a lower --prompts, or --max-prompt, which leaves long "
+                                      "posts out, or --lean", "--checkpointing, or --lean, or --lora 16, or --max-p"]),
+    (torch.bfloat16, False, True, 1, ["--lora 16", "--max-prompt, which leaves long posts out",
+                                      "--lora 16, or --max-prompt"]),
+    (torch.bfloat16, True, True, 1, ["a smaller model", "--max-prompt, which leaves long posts out", "--max-prompt"])])
+def test_nobody_is_advised_to_take_what_he_has(dtype, adapters, checkpointing, prompts, says, monkeypatch):
+    model = tiny_model("qwen2").to(dtype)
+    if adapters:
+        add_lora(model, 2, 4.0)
+
+    def complaint(**parts):
+        parts = {"sample": lambda: None, "learn": lambda n: None} | parts
+        with pytest.raises(memory.Full) as caught:
+            memory.rehearse(model, **parts, prompts=prompts, prompt_tokens=3, new_tokens=6, micro_tokens=9,
+                            checkpointing=checkpointing)
+        return str(caught.value)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "ones_like", full)
+        optimizer = complaint()
+    for said, advice in zip((optimizer, complaint(sample=full), complaint(learn=full)), says):
+        assert f": take {advice}" in said
+
+
+@linux
+def test_the_last_pages_are_not_left_to_a_library_that_dies_of_it():
+    """oneDNN writes code for each product, in bfloat16 on many CPUs: without pages for that it kills the process."""
+    code = PRELUDE + f"sys.path.insert(0, {str(ROOT / 'tests')!r}); " + (
+        "import mmap, helpers as h; model = h.tiny_model('qwen2').bfloat16(); free = memory.cap_memory('cpu')\n"
+        "def sample():\n"
+        "    kept = []\n"
+        "    while True:\n"
+        "        try: kept.append(mmap.mmap(-1, 1 << 16, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))\n"
+        "        except OSError: break\n"
+        "    with torch.no_grad(): model(torch.ones(1, 3, dtype=torch.long))\n"
+        "try: memory.rehearse(model, sample, sample, prompts=1, prompt_tokens=3, new_tokens=1, micro_tokens=9,\n"
+        "                     checkpointing=True, free=free)\n"
+        "except memory.Full as e: print(e)")
+    done = python(code, 100 << 20)
+    assert done.returncode == 0 and done.stdout.startswith("Sampling after 1 prompts"), done
+
+
+def test_onednn_has_words_of_its_own():
+    assert memory.is_full(RuntimeError("could not create a primitive"))
+    assert not memory.is_full(RuntimeError("could not create a primitive descriptor for a matmul"))
+
+
 def test_no_gradient_outlives_a_part_even_one_that_fails():
     model = torch.nn.Linear(5, 3)
     seen = []
