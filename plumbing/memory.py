@@ -5,7 +5,6 @@ instead: at the start and not after an hour, with a sentence that says which fla
 """
 
 import ctypes
-import mmap
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -158,15 +157,6 @@ def is_full(e: BaseException) -> bool:
         words in str(e) for words in ("not enough memory", "out of memory", "bad_alloc", "can't allocate memory"))
 
 
-def ask_for_a_little(*_) -> None:
-    """MemoryError where less than 4 MiB are left. oneDNN makes code for each shape of a product, and where it cannot
-    have the few pages for that, it ends the process."""
-    try:
-        mmap.mmap(-1, 2 ** 22, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()  # no page of it is touched
-    except OSError as e:
-        raise MemoryError(str(e)) from e
-
-
 def helps(*flags: str) -> str:
     """Advice, of which the first is the best.
 
@@ -186,7 +176,6 @@ def rehearse(model: torch.nn.Module, sample: Callable[[], None], learn: Callable
     each part. Of the `free` bytes a fifth stays unused: real steps also hold texts and scores, and memory has holes.
     """
     def fits(part: Callable, *args) -> bool:
-        hooks = [module.register_forward_pre_hook(ask_for_a_little) for module in model.modules() if free]
         try:
             part(*args)
             return True
@@ -196,8 +185,6 @@ def rehearse(model: torch.nn.Module, sample: Callable[[], None], learn: Callable
             return False
         finally:
             model.zero_grad(set_to_none=True)
-            for hook in hooks:
-                hook.remove()
 
     weights = list(model.parameters())
     trained = [p for p in weights if p.requires_grad]

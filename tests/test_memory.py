@@ -209,24 +209,6 @@ def test_nobody_is_advised_to_take_what_he_has(dtype, adapters, checkpointing, p
         assert f": take {advice}" in said
 
 
-@linux
-def test_the_last_pages_are_not_left_to_a_library_that_dies_of_it():
-    """oneDNN writes code for each product, in bfloat16 on many CPUs: without pages for that it kills the process."""
-    code = PRELUDE + f"sys.path.insert(0, {str(ROOT / 'tests')!r}); " + (
-        "import mmap, helpers as h; model = h.tiny_model('qwen2').bfloat16(); free = memory.cap_memory('cpu')\n"
-        "def sample():\n"
-        "    kept = []\n"
-        "    while True:\n"
-        "        try: kept.append(mmap.mmap(-1, 1 << 16, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))\n"
-        "        except OSError: break\n"
-        "    with torch.no_grad(): model(torch.ones(1, 3, dtype=torch.long))\n"
-        "try: memory.rehearse(model, sample, sample, prompts=1, prompt_tokens=3, new_tokens=1, micro_tokens=9,\n"
-        "                     checkpointing=True, free=free)\n"
-        "except memory.Full as e: print(e)")
-    done = python(code, 100 << 20)
-    assert done.returncode == 0 and done.stdout.startswith("Sampling after 1 prompts"), done
-
-
 def test_onednn_has_words_of_its_own():
     assert memory.is_full(RuntimeError("could not create a primitive"))
     assert not memory.is_full(RuntimeError("could not create a primitive descriptor for a matmul"))
