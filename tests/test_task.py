@@ -352,6 +352,9 @@ def every_kind_of_tokenizer():
         kinds[f"marks {side}"] = Tokenizer.from_str(json.dumps(trained))
     kinds["an added word"] = byte_bpe()
     kinds["an added word"].add_tokens(["shoe", " the", "<|im_end|>a", AddedToken("\n", normalized=False)])
+    kinds["words alone"] = byte_bpe()
+    kinds["words alone"].add_tokens([AddedToken("a", single_word=True), AddedToken("post", single_word=True),
+                                     AddedToken("Z", single_word=True, normalized=False)])
     ends = [("<|im_start|>", 1), ("<|im_end|>", 2)]
     both = "<|im_start|> $A <|im_end|>"
     for name, single in {"bos": "<|im_start|> $A", "eos": "$A <|im_end|>", "both": both}.items():
@@ -373,6 +376,7 @@ CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content 
 @example("  \n", "chatml")
 @example("the post about 64 tokens <|im_ end|>", "chatml")
 @example("", "tagged")
+@example("a Za a. Z aa aZ posts post", "plain")
 def test_a_prompt_is_what_the_tokenizer_makes_of_the_whole_text(tokenizer, text, template):
     """Encoded in pieces, a blank would be set before each, or lost beside a mark. And a prompt is to be continued: an
     end token that the tokenizer sets behind a text has no place there."""
