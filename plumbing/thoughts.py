@@ -6,7 +6,9 @@ Servers and templates mark thoughts in several ways.
 import re
 
 MARKS = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"),
-         ("<reasoning>", "</reasoning>"), ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"),
+         ("<thoughts>", "</thoughts>"), ("<reasoning>", "</reasoning>"), ("<seed:think>", "</seed:think>"),
+         ("<|START_THINKING|>", "<|END_THINKING|>"), ("<|begin_of_thought|>", "<|end_of_thought|>"),
+         ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"),
          ("<|channel|>analysis", "<|channel|>final<|message|>"))
 
 
@@ -23,7 +25,8 @@ def without_thoughts(text: str) -> str:
     for begin, end in MARKS:
         thoughts, closed, answer = text.partition(end)
         if text.lstrip().startswith(begin) or closed and begin not in thoughts:
-            return answer
+            # Some think twice before they answer.
+            return without_thoughts(answer) if closed and answer.lstrip().startswith(begin) else answer
     return text
 
 

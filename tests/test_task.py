@@ -26,6 +26,7 @@ from config import Config, parse_stages
 from model import read_config
 from plumbing.folder import read_json
 from plumbing.prompts import spelt
+from plumbing.thoughts import MARKS, is_ended
 from task import (
     TEMPLATES,
     Post,
@@ -419,6 +420,17 @@ def test_a_stop_text_that_a_special_token_interrupts_is_one_for_whoever_stops_an
             assert n in (0, len(ids) - len(word["A cat."]))
     whole = [*word["</summary>"], mark]
     assert spelt(tokenizer, "</summary>", torch.tensor([[mark] * len(whole), whole])) == [0, len(whole)]
+
+
+@pytest.mark.parametrize("begin, end", MARKS)
+def test_thoughts_of_every_spelling_may_come_twice(begin, end):
+    """What they name is no answer, and while they are open there is none."""
+    thought = f"{begin} I write a long <summary>that I do not mean.</summary> {end}"
+    for before in (thought, thought + "\n" + thought):
+        assert extract(f"{before}<summary>A cat.</summary>", opened=False) == "A cat."
+        assert extract(f"{before} A cat.</summary>", opened=True) == "A cat."
+        assert extract(before, opened=False) is None and not is_ended(before, "</summary>")
+    assert not is_ended(thought.removesuffix(end), "</summary>")
 
 
 @pytest.mark.parametrize("before", [
