@@ -28,7 +28,7 @@ from torch import nn
 
 from model import Linear, Transformer
 from plumbing.folder import file_name, write_files
-from plumbing.peft import FACTORS, base_of, read_adapters
+from plumbing.peft import FACTORS, base_of, read_adapters, sizes_of
 
 
 def projections(model: Transformer) -> dict[str, Linear]:
@@ -91,13 +91,11 @@ def save_adapters(model: Transformer, path: str | Path, base: str = "") -> None:
     layers = {name: m for name, m in projections(model).items() if m.lora_A is not None}
     if not layers:
         raise ValueError("There are no adapters to save: add_lora first.")
-    first = next(iter(layers.values()))
-    rank = len(first.lora_A)
     # A projection is named once for all layers, or with its layer where not all have an adapter.
     partly = {last_part(name) for name, m in projections(model).items() if m.lora_A is None}
     targets = {name if last_part(name) in partly else last_part(name) for name in layers}
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_of(base), "r": rank,
-              "lora_alpha": first.lora_scale * rank, "target_modules": sorted(targets),
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_of(base),
+              **sizes_of(layers), "target_modules": sorted(targets),
               "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
     state = {}
     for name, m in layers.items():
@@ -118,8 +116,9 @@ def load_adapters(model: Transformer, path: str | Path) -> None:
     ask for more than plain LoRA. The model is then as it was.
     """
     layers = projections(model)
-    rank, alpha, found = read_adapters(path, {name: m.weight.shape for name, m in layers.items()})
-    add_lora(model, rank, alpha, list(found))
-    for name, factors in found.items():
-        for factor, tensor in zip(FACTORS, factors):
-            getattr(layers[name], factor).copy_(tensor)
+    found = read_adapters(path, {name: m.weight.shape for name, m in layers.items()})
+    add_lora(model, 1, 1.0, list(found))
+    for name, (scale, A, B) in found.items():  # A [rank, in], B [out, rank]; each projection may have a rank of its own
+        m = layers[name]
+        m.lora_scale = scale
+        m.lora_A, m.lora_B = (nn.Parameter(factor.to(m.lora_A)) for factor in (A, B))

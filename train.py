@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as e:
         if not memory.is_full(e):
             raise
-        return complain("Out of memory. What was saved is good: go on from it with --resume, --checkpointing and a "
+        return complain("Out of memory. A run with a checkpoint goes on from it with --resume, --checkpointing and a "
                         "lower --micro-tokens. A new run can take fewer --prompts, --lean or a smaller model.")
     return 0
 

@@ -98,6 +98,9 @@ def load_checkpoint(folder: Path, model, optimizer) -> int:
         optimizer.load_state_dict(state["optimizer"])
         return state["step"]
     except (RuntimeError, KeyError, ValueError) as e:
+        if len(state.get("optimizer", {}).get("param_groups", ())) == 1 < len(optimizer.param_groups):
+            raise ValueError(f"{path} is of a run whose --weight-decay pulled at norms and biases too, as none does "
+                             f"now, so it cannot be gone on with: start another run.") from e
         raise ValueError(f"{path} does not belong to the model that config.json names: put that one back, or start "
                          f"another run.") from e
 

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -126,6 +126,9 @@ def weight_files(folder: Path) -> list[str]:
     names = weight_map.values() if isinstance(weight_map, dict) else [None]
     if not weight_map or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{index} has no 'weight_map' from tensors to files: copy or download it again.")
+    outside = [name for name in names if PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts]
+    if outside:  # PureWindowsPath: it knows both kinds of slashes
+        raise ValueError(f"{index} names {outside[0]}, a file outside its folder: take the model from who made it.")
     return sorted(set(names))
 
 
@@ -235,6 +238,11 @@ def with_own_marks(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -> M
     words = read("tokenizer_config.json")
     if "added_tokens_decoder" not in words:  # an old folder: there the other file is obeyed
         words |= read("special_tokens_map.json")
+
+    # A family's class has marks of its own, where no file names one; a key that says null is another matter.
+    kind = str(words.get("tokenizer_class") or config.model_type).lower()
+    if config.model_type == "qwen2" or kind.startswith(("qwen2tokenizer", "qwen3", "gpt2tokenizer")):
+        words = {"eos_token": "<|endoftext|>", **words}
 
     def own(key):  # -> the number of the token, None where there is none
         token = words.get(key)

@@ -152,9 +152,18 @@ def in_batches(items: Sequence, size: int, run: Callable[[Sequence], Sequence]) 
 
 
 def is_full(e: BaseException) -> bool:
-    """Whether an exception says that there is no memory left; CPU, CUDA and MPS each have words of their own."""
-    return isinstance(e, MemoryError | torch.OutOfMemoryError) or any(
+    """Whether an exception says that there is no memory left; CPU, oneDNN, CUDA and MPS have words of their own."""
+    return isinstance(e, MemoryError | torch.OutOfMemoryError) or str(e) == "could not create a primitive" or any(
         words in str(e) for words in ("not enough memory", "out of memory", "bad_alloc", "can't allocate memory"))
+
+
+def helps(*flags: str) -> str:
+    """Advice, of which the first is the best.
+
+    >>> helps("--lean", "--lora 16"), helps()
+    ('take --lean, or --lora 16', 'take a smaller model')
+    """
+    return "take " + (", or ".join(flags) or "a smaller model")
 
 
 def rehearse(model: torch.nn.Module, sample: Callable[[], None], learn: Callable[[int], None], *, prompts: int,
@@ -177,7 +186,12 @@ def rehearse(model: torch.nn.Module, sample: Callable[[], None], learn: Callable
         finally:
             model.zero_grad(set_to_none=True)
 
-    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = list(model.parameters())
+    trained = [p for p in weights if p.requires_grad]
+    # Who has a flag already is not advised to take it.
+    lean = [] if weights[0].dtype == torch.bfloat16 else ["--lean"]
+    lora = [] if len(trained) < len(weights) else ["--lora 16"]
+    shorter = ["--max-prompt, which leaves long posts out"]
     moments: list[torch.Tensor] = []  # those of AdamW, two for each parameter, and for now a gradient
 
     def optimize() -> None:
@@ -185,17 +199,19 @@ def rehearse(model: torch.nn.Module, sample: Callable[[], None], learn: Callable
 
     _unused = torch.empty(free // 5, dtype=torch.uint8)  # counts as taken, though no page of it is ever touched
     if not fits(optimize):
-        raise Full("AdamW's two moments and the gradient, each as large as what is trained, do not fit into memory: "
-                   "train in bfloat16 (--lean), or adapters only (--lora 16).")
+        raise Full(f"AdamW's two moments and the gradient, each as large as what is trained, do not fit into memory: "
+                   f"{helps(*lean, *lora)}.")
     del moments[:len(trained)]  # learning makes the gradient itself
     if not fits(sample):
-        raise Full(f"Sampling after {prompts} prompts of up to {prompt_tokens} tokens does not fit into memory: lower "
-                   f"--prompts, leave long posts out with --max-prompt, or halve the weights with --lean.")
+        fewer = ["a lower --prompts"] if prompts > 1 else []
+        raise Full(f"Sampling after {prompts} prompts of up to {prompt_tokens} tokens does not fit into memory: "
+                   f"{helps(*fewer, *shorter, *lean)}.")
     size, smallest = micro_tokens, prompt_tokens + new_tokens  # one completion after the longest prompt
     while not fits(learn, size):
         if size <= smallest:
+            less = [] if checkpointing else ["--checkpointing"]
             raise Full(f"Not even one completion, {prompt_tokens} + {new_tokens} tokens, can be learnt from in this "
-                       f"memory: add --checkpointing, --lean or --lora 16, or leave long posts out with --max-prompt.")
+                       f"memory: {helps(*less, *lean, *lora, *shorter)}.")
         size = max(size // 2, smallest)
     if size < micro_tokens:
         raise Full(f"Learning from {micro_tokens} tokens at a time does not fit into memory: --micro-tokens {size} does"

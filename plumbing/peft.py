@@ -7,6 +7,7 @@ is set. So is what PEFT may invent tomorrow.
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mode
 
 import torch
 from safetensors import SafetensorError
@@ -16,8 +17,8 @@ from torch import Tensor
 from plumbing.folder import find_folder, read_json
 
 FACTORS = ("lora_A", "lora_B")
-USED = {"peft_type", "bias", "r", "lora_alpha", "init_lora_weights", "target_modules", "exclude_modules",
-        "layers_to_transform", "layers_pattern"}
+USED = {"peft_type", "bias", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights", "target_modules",
+        "exclude_modules", "layers_to_transform", "layers_pattern"}
 # Who made it, how it was begun or trained, or settings of something that another key would have to switch on.
 CHANGE_NOTHING = {"task_type", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping",
                   "lora_dropout", "runtime_config", "megatron_core", "qalora_group_size", "ensure_weight_tying",
@@ -27,8 +28,8 @@ CHANGE_NOTHING = {"task_type", "base_model_name_or_path", "revision", "peft_vers
 BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
-def read_adapters(path: str | Path, shapes: Mapping[str, torch.Size]) -> tuple[int, float, dict[str, list[Tensor]]]:
-    """-> (rank, alpha, {projection: [A, B]}) of a PEFT folder, for a model with projections name -> [out, in].
+def read_adapters(path: str | Path, shapes: Mapping[str, torch.Size]) -> dict[str, tuple[float, Tensor, Tensor]]:
+    """-> {projection: (alpha/rank, A, B)} of a PEFT folder, for a model with projections name -> [out, in].
 
     All is checked here, so that a refused adapter leaves the model as it was. Raises ValueError or FileNotFoundError,
     with the file and the tensor.
@@ -48,29 +49,56 @@ def read_adapters(path: str | Path, shapes: Mapping[str, torch.Size]) -> tuple[i
         state = load_file(file)
     except SafetensorError as e:
         raise ValueError(f"{file} is not a whole safetensors file ({e}): copy it again.") from e
-    rank, alpha = raw.get("r", 0), raw.get("lora_alpha", 0)
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not alpha > 0:
-        raise ValueError(f"{said}: 'r' and 'lora_alpha' should be numbers above 0, not {rank!r} and {alpha!r}.")
     keys = {}  # (projection, factor) -> key in the file
     for key in state:
         name = key.removeprefix("base_model.model.").removeprefix("model.").removesuffix(".weight")
         keys[name.rpartition(".")[::2]] = key
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, tuple[float, Tensor, Tensor]] = {}
     for name, (out, size) in shapes.items():
         # The tensors say which projections have adapters; one that is asked for and not there is a damaged file.
-        if targeted(name, raw, said) or any((name, factor) in keys for factor in FACTORS):
-            found[name] = []
-        for factor, shape in zip(FACTORS, ((rank, size), (out, rank))) if name in found else ():
+        if not targeted(name, raw, said) and all((name, factor) not in keys for factor in FACTORS):
+            continue
+        rank, alpha = size_of(name, raw, said)
+        factors = []
+        for factor, shape in zip(FACTORS, ((rank, size), (out, rank))):
             key = keys.pop((name, factor), None)
             if key is None:
                 raise ValueError(f"{file} lacks {name}.{factor}: is it made for this model?")
             if state[key].shape != shape:
                 raise ValueError(f"{file} has another shape, {list(state[key].shape)}, for {name}.{factor}: "
                                  f"is it made for this model?")
-            found[name].append(state[key])
+            factors.append(state[key])
+        found[name] = (alpha / rank, *factors)
     if keys or not found:
         raise ValueError(f"{file} holds '{next(iter(keys.values()), 'no tensor')}', which the model has no place for.")
-    return rank, alpha, found
+    return found
+
+
+def size_of(name: str, raw: dict, said: Path) -> tuple[int, float]:
+    """(rank, alpha) of a projection: those of all, or its own where a pattern is the end of its name, the first that
+    is. EVA gives each projection a rank of its own."""
+    def of(key: str, pattern_key: str):
+        patterns = raw.get(pattern_key) or {}
+        try:
+            return next((value for pattern, value in patterns.items()
+                         if re.match(rf"(.*\.)?({pattern})$", f"model.{name}")), raw.get(key, 0))
+        except (re.error, AttributeError) as e:
+            raise ValueError(f"{said} has a {pattern_key} that cannot be read, {patterns!r} ({e}).") from e
+
+    rank, alpha = of("r", "rank_pattern"), of("lora_alpha", "alpha_pattern")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not alpha > 0:
+        raise ValueError(f"{said}: 'r' and 'lora_alpha' should be numbers above 0, not {rank!r} and {alpha!r}.")
+    return rank, alpha
+
+
+def sizes_of(layers: Mapping[str, torch.nn.Module]) -> dict:
+    """Ranks and alphas of projections with adapters, as adapter_config.json says them: the commonest, and the others
+    by full name."""
+    ranks = {name: len(m.lora_A) for name, m in layers.items()}
+    alphas = {name: round(m.lora_scale * len(m.lora_A), 9) for name, m in layers.items()}
+    rank, alpha = mode(ranks.values()), mode(alphas.values())
+    return {"r": rank, "rank_pattern": {f"model.{name}": r for name, r in ranks.items() if r != rank},
+            "lora_alpha": alpha, "alpha_pattern": {f"model.{name}": a for name, a in alphas.items() if a != alpha}}
 
 
 def targeted(name: str, raw: dict, said: Path) -> bool:

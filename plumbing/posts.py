@@ -3,6 +3,7 @@
 import glob
 import gzip
 import json
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -198,6 +199,9 @@ def fields_of(row: dict, document: str | None, reference: str | None) -> tuple[s
 def no_text(row: dict, where: str, document: str | None, reference: str | None) -> str:
     """What to say of a row whose text is missing."""
     d, has = fields_of(row, document, reference)[0], f"its fields are {', '.join(row) or 'none'}"
+    apart = re.search(r"[;\t|]", "".join(row)) if len(row) == 1 else None
+    if apart:
+        return f"{where} has one field, {''.join(row)!r}: {apart[0]!r} parts its columns. Save it with commas."
     if d is None or d not in row:
         return (f"{where} has no text in a field '{d or DOCUMENT_FIELDS[0]}': {has}. Name the one that holds the text "
                 f"with --document-field, or leave such rows out with --min-chars 1.")

@@ -7,7 +7,7 @@ import secrets
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
-from plumbing.thoughts import without_thoughts
+from plumbing.thoughts import is_ended
 
 MARK = re.compile(r"<\|[^<>|]+\|>")  # how ChatML and its descendants spell control tokens
 TAG = re.compile(r"<[^<>\[\]]+>|\[[^<>\[\]]+\]")  # and others: <end_of_turn>, [INST]
@@ -46,7 +46,9 @@ def with_other_names(tokenizer: Tokenizer, size: int, tags: frozenset[str]):
     renamed.normalizer, renamed.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
     names = {number: token.content + SECRET * (token.content in control) for number, token in added}
     renamed.add_tokens([AddedToken(names[number], lstrip=token.lstrip, rstrip=token.rstrip, special=token.special,
-                                   normalized=token.normalized) for number, token in added])
+                                   normalized=token.normalized,
+                                   single_word=token.single_word and token.content not in control)
+                        for number, token in added])  # SECRET is letters: `as_the_tokenizer_looks` sees to single words
     back = {renamed.token_to_id(name): [number] for number, name in names.items()}
     for number, token in added:  # a Unigram model may find a mark in a text by itself: then it is letters, one by one
         if token.content in control and token.content.lower() not in ("<unk>", "[unk]") and number not in back:
@@ -57,8 +59,10 @@ def with_other_names(tokenizer: Tokenizer, size: int, tags: frozenset[str]):
 def as_the_tokenizer_looks(added: list[AddedToken], control: frozenset[str]) -> re.Pattern | None:
     """A pattern of the added tokens that are looked for in the text as it is: of two that begin together, the longer.
     None where there is none."""
-    marks = [token.content for token in added if token.content in control or not token.normalized]
-    return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True)))) if marks else None
+    marks = [token for token in added if token.content in control or not token.normalized]
+    marks = [(r"(?<!\w)%s(?!\w)" if token.single_word else "%s") % re.escape(token.content)
+             for token in sorted(marks, key=lambda token: len(token.content), reverse=True)]
+    return re.compile("|".join(marks)) if marks else None
 
 
 def is_control(token: AddedToken, tags: frozenset[str]) -> bool:
@@ -81,7 +85,7 @@ def spelt(tokenizer: Tokenizer, stop_text: str, tokens: Tensor) -> list[int]:
 
     Special tokens are no text, here as in the texts that are read: one in the middle interrupts nothing. Each of the
     others is a byte at least, so as many of them as the text has bytes hold it. What comes after it in the same token
-    does not matter. In thoughts it is a mention, and ends nothing.
+    does not matter. Where it is only mentioned, it ends nothing.
     """
     special, width = special_ids(tokenizer, tokenizer.get_vocab_size()), len(stop_text.encode())
     last = tokens[:, -width:].tolist()
@@ -92,7 +96,7 @@ def spelt(tokenizer: Tokenizer, stop_text: str, tokens: Tensor) -> list[int]:
             last[i] = row[text[0]:] if text else []
     counts = [0] * len(last)
     for i, text in enumerate(tokenizer.decode_batch(last, skip_special_tokens=True)):
-        if stop_text in text and stop_text in without_thoughts(tokenizer.decode(tokens[i].tolist(), True)):
+        if stop_text in text and is_ended(tokenizer.decode(tokens[i].tolist(), True), stop_text):
             sizes = range(1, len(last[i]) + 1)
             counts[i] = next(n for n in sizes if stop_text in tokenizer.decode(last[i][-n:], True))
     return counts

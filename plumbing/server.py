@@ -22,17 +22,18 @@ from plumbing.thoughts import without_thoughts
 
 TRIES = 5  # of one request, while the server is busy or away; the package waits in between
 MOST = 4096  # vectors that are kept
+TOO_MUCH = (400, 413, 422)  # how servers refuse a batch of more texts, or of more tokens, than they take at once
 # Not every server takes all that is sent. What it does not take -> the words by which a refusal says so.
 UNTAKEN = {"max_tokens": r"\bmax_tokens\b", "seed": r"\bseed\b", "temperature": r"\btemperature\b",
            "system role": r"system (message|prompt|instruction)|\broles?\b|developer instruction"}
 
 
 class Refused(OSError):
-    """There is no answer, and why. `final`: the server will not answer the next request either."""
+    """There is no answer, and why. `final`: the server will not answer the next request either. `status`: of HTTP."""
 
-    def __init__(self, why: str, final: bool = False):
+    def __init__(self, why: str, final: bool = False, status: int | None = None):
         super().__init__(why)
-        self.final = final
+        self.final, self.status = final, status
 
 
 class Kept:
@@ -100,6 +101,7 @@ class Server:
         self.untaken: set[str] = set()  # names of UNTAKEN that it was found not to take
         self.met = False  # it has answered before
         self.gone: Refused | None = None  # why it will not answer again
+        self.batch = 2 ** 16  # texts that it takes in one request, as far as is known
 
     def chat(self, system: str, user: str, *, max_tokens: int, temperature: float, seed: int, close: str = "") -> str:
         """One answer, without its reasoning field. `close`: an answer that was cut off before it has this is none."""
@@ -108,9 +110,24 @@ class Server:
         return self.ask(self.client.chat.completions, body, functools.partial(read_answer, close=close), seconds=600)
 
     def vectors(self, texts: Sequence[str]) -> list[list[float]]:
-        """A vector for each text, in one request."""
-        body = {"input": [mended(text) for text in texts], "encoding_format": "float"}  # not base64
-        return self.ask(self.client.embeddings, body, functools.partial(read_vectors, n=len(texts)), seconds=60)
+        """A vector for each text, in their order: in one request, or in halves where the server takes fewer texts.
+
+        Servers have limits between 8 and 2,048 texts, and words of their own for them. So any refusal of a batch is
+        tried on its halves; what is wrong with one text stays wrong when it goes alone.
+        """
+        found: list[list[float]] = []
+        size = self.batch
+        while len(found) < len(texts):
+            some = texts[len(found):len(found) + size]
+            body = {"input": [mended(text) for text in some], "encoding_format": "float"}  # not base64
+            try:
+                found += self.ask(self.client.embeddings, body, functools.partial(read_vectors, n=len(some)), 60)
+            except Refused as e:
+                if e.status not in TOO_MUCH or len(some) == 1:
+                    raise
+                size = (len(some) + 1) // 2
+        self.batch = size
+        return found
 
     def together(self, work: Callable, items: Sequence, jobs: int) -> Iterator[tuple]:
         """(item, work(item) or the Refused that it raised) of all items as they come, `jobs` at a time.
@@ -170,7 +187,7 @@ class Server:
                 if name is None or status in (None, 401, 402, 403, 404, 429):
                     if failure.final:
                         self.gone = failure
-                    raise Refused(before + str(failure), failure.final) from None
+                    raise Refused(before + str(failure), failure.final, status) from None
                 before += f"{failure}; and without {name}: "
                 untaken.add(name)
 

@@ -220,3 +220,14 @@ def test_the_held_out_posts_of_the_embedded_set_are_untouched():
     assert limit is None and posts == load_posts(TINY, "test")
     (fit, prompts), = evaluation.fit_posts(*load(TINY), [posts], Config(template="chatml"))
     assert fit == posts and len(prompts) == len(posts)
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_a_table_that_is_parted_by_something_else_is_told_so(tmp_path, mark):
+    """No --document-field would help: the table has one column, called `document;summary`."""
+    pytest.importorskip("datasets")
+    path = tmp_path / "posts.csv"
+    path.write_text(f"document{mark}summary\n" + f"A cat sat.{mark}A cat.\n" * 12, encoding="utf-8")
+    with pytest.raises(ValueError, match="Save it with commas") as caught:
+        load_posts(str(path))
+    assert repr(mark) in str(caught.value) and "--document-field" not in str(caught.value)

@@ -184,7 +184,9 @@ def by_peft(tmp_path, **more):
     {"target_modules": r".*layers\.1\.(self_attn\.q_proj|mlp\.down_proj)"},
     {"target_modules": ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]},
     {"target_modules": "all-linear", "exclude_modules": ["model.layers.0.self_attn.q_proj"]},
-    {"init_lora_weights": "gaussian"}, {"init_lora_weights": "orthogonal"}, {"init_lora_weights": "mica"}],
+    {"init_lora_weights": "gaussian"}, {"init_lora_weights": "orthogonal"}, {"init_lora_weights": "mica"},
+    {"rank_pattern": {"q_proj": 7}}, {"rank_pattern": {r"layers\.1\.self_attn\.v_proj": 2, "v_proj": 5}},
+    {"alpha_pattern": {"model.layers.0.self_attn.q_proj": 3}, "rank_pattern": {r".*0\..*v_proj": 6, "proj": 9}}],
     ids=lambda more: str(next(iter(more.items()))))
 def test_plain_lora_of_any_beginning_and_on_some_layers_computes_what_peft_computes(tmp_path, more):
     base, adapters, want = by_peft(tmp_path, **more)

@@ -184,6 +184,36 @@ def test_who_checkpoints_is_not_told_to():
         rehearse(learn=small, checkpointing=True)
 
 
+@pytest.mark.parametrize("dtype, adapters, checkpointing, prompts, says", [
+    (torch.float32, False, False, 2, ["--lean, or --lora 16", "a lower --prompts, or --max-prompt, which leaves long "
+                                      "posts out, or --lean", "--checkpointing, or --lean, or --lora 16, or --max-p"]),
+    (torch.bfloat16, False, True, 1, ["--lora 16", "--max-prompt, which leaves long posts out",
+                                      "--lora 16, or --max-prompt"]),
+    (torch.bfloat16, True, True, 1, ["a smaller model", "--max-prompt, which leaves long posts out", "--max-prompt"])])
+def test_nobody_is_advised_to_take_what_he_has(dtype, adapters, checkpointing, prompts, says, monkeypatch):
+    model = tiny_model("qwen2").to(dtype)
+    if adapters:
+        add_lora(model, 2, 4.0)
+
+    def complaint(**parts):
+        parts = {"sample": lambda: None, "learn": lambda n: None} | parts
+        with pytest.raises(memory.Full) as caught:
+            memory.rehearse(model, **parts, prompts=prompts, prompt_tokens=3, new_tokens=6, micro_tokens=9,
+                            checkpointing=checkpointing)
+        return str(caught.value)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "ones_like", full)
+        optimizer = complaint()
+    for said, advice in zip((optimizer, complaint(sample=full), complaint(learn=full)), says):
+        assert f": take {advice}" in said
+
+
+def test_onednn_has_words_of_its_own():
+    assert memory.is_full(RuntimeError("could not create a primitive"))
+    assert not memory.is_full(RuntimeError("could not create a primitive descriptor for a matmul"))
+
+
 def test_no_gradient_outlives_a_part_even_one_that_fails():
     model = torch.nn.Linear(5, 3)
     seen = []

@@ -1183,6 +1183,21 @@ def test_the_tokenizer_s_end_is_where_transformers_finds_it(tmp_path, words):
     assert load(folder, "cpu")[0].config.eos_token_ids == (3, AutoTokenizer.from_pretrained(folder).eos_token_id)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("words", [None, {}, {"tokenizer_class": None}, {"tokenizer_class": "Qwen2TokenizerFast"},
+                                   {"tokenizer_class": "GPT2Tokenizer"}, {"tokenizer_class": "LlamaTokenizer"},
+                                   {"tokenizer_class": "PreTrainedTokenizerFast"},
+                                   {"tokenizer_class": "Qwen2Tokenizer", "eos_token": None}], ids=str)
+def test_where_no_file_names_an_end_token_the_tokenizer_s_class_does(tmp_path, family, words):
+    folder, _ = write_folder(tmp_path, family, eos_token_id=3)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    byte_bpe().save(str(folder / "tokenizer.json"))
+    if words is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(words), encoding="utf-8")
+    want = {3, AutoTokenizer.from_pretrained(folder).eos_token_id} - {None}
+    assert set(load(folder, "cpu")[0].config.eos_token_ids) == want
+
+
 @pytest.mark.parametrize("config, generation, own, bos", [
     ({"bos_token_id": 5}, {"bos_token_id": 6}, None, 6),  # generation_config.json comes first
     ({"bos_token_id": 5}, {"eos_token_id": 2}, None, 5),
@@ -1201,6 +1216,16 @@ def test_a_text_begins_with_the_token_that_the_files_name(tmp_path, config, gene
     words = {"bos_token": own, "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(words), encoding="utf-8")
     assert load(folder, "cpu")[0].config.bos_token_id == bos
+
+
+@pytest.mark.parametrize("shard", ["../x.safetensors", "a/../../x.safetensors", "/etc/x", "C:\\x", "..\\x"])
+def test_a_shard_outside_the_folder_is_refused(whole, tmp_path, shard):
+    folder = broken(whole, tmp_path)
+    (folder / "model.safetensors").rename(folder.parent / "x.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}), encoding="utf-8")
+    message = refusal(ValueError, load, folder)
+    assert str(index) in message and shard in message
 
 
 def test_a_broken_tokenizer_is_named(whole, tmp_path):

@@ -870,6 +870,26 @@ def test_a_group_is_one_request(server):
     assert sorted(body["input"]) == ["aaa", "aaabbbb", "b", "bb"]  # for silence nobody is asked
 
 
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_server_that_takes_fewer_texts_gets_halves_from_then_on(server, status):
+    """Vectors are (a's, b's), so each text tells which vector is its own."""
+    texts = [a * "a" + b * "b" for a in range(4) for b in range(1, 6)]  # 20 different ones
+    server[0].answer = lambda body, n: (status, '{"error": "at most 6"}') if len(body["input"]) > 6 else None
+    found = server_module.embed(texts[:13])
+    assert found == {text: [text.count("a"), text.count("b")] for text in texts[:13]} and list(found) == texts[:13]
+    assert [len(body["input"]) for _, _, body in server[1]] == [13, 7, 4, 4, 4, 1]
+    server_module.embed(texts[13:])
+    assert [len(body["input"]) for _, _, body in server[1][6:]] == [4, 3]  # 7 at once is not tried again
+
+
+def test_a_text_that_no_batch_makes_right_ends_in_what_the_server_says_of_it(server):
+    server[0].answer = lambda body, n: (400, '{"error": "too long"}') if "bbb" in body["input"] else None
+    with pytest.raises(ConnectionError, match="HTTP 400 too long"):
+        server_module.embed(["a", "b", "bbb", "aa"])
+    assert server_module.embed(["ab", "aab", "abb"])["aab"] == [2, 1]
+    assert len(server[1][-1][2]["input"]) == 3  # it was not the batch
+
+
 def test_what_is_kept_of_a_server_is_bounded(server, monkeypatch):
     monkeypatch.setattr(server_module, "MOST", 3)
     for text in ("a", "b", "ab"):

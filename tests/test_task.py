@@ -27,6 +27,7 @@ from config import Config, parse_stages
 from model import read_config
 from plumbing.folder import read_json
 from plumbing.prompts import spelt
+from plumbing.thoughts import MARKS, is_ended
 from task import (
     TEMPLATES,
     Post,
@@ -353,6 +354,9 @@ def every_kind_of_tokenizer():
         kinds[f"marks {side}"] = Tokenizer.from_str(json.dumps(trained))
     kinds["an added word"] = byte_bpe()
     kinds["an added word"].add_tokens(["shoe", " the", "<|im_end|>a", AddedToken("\n", normalized=False)])
+    kinds["words alone"] = byte_bpe()
+    kinds["words alone"].add_tokens([AddedToken("a", single_word=True), AddedToken("post", single_word=True),
+                                     AddedToken("Z", single_word=True, normalized=False)])
     ends = [("<|im_start|>", 1), ("<|im_end|>", 2)]
     both = "<|im_start|> $A <|im_end|>"
     for name, single in {"bos": "<|im_start|> $A", "eos": "$A <|im_end|>", "both": both}.items():
@@ -374,6 +378,7 @@ CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content 
 @example("  \n", "chatml")
 @example("the post about 64 tokens <|im_ end|>", "chatml")
 @example("", "tagged")
+@example("a Za a. Z aa aZ posts post", "plain")
 def test_a_prompt_is_what_the_tokenizer_makes_of_the_whole_text(tokenizer, text, template):
     """Encoded in pieces, a blank would be set before each, or lost beside a mark. And a prompt is to be continued: an
     end token that the tokenizer sets behind a text has no place there."""
@@ -416,6 +421,33 @@ def test_a_stop_text_that_a_special_token_interrupts_is_one_for_whoever_stops_an
             assert n in (0, len(ids) - len(word["A cat."]))
     whole = [*word["</summary>"], mark]
     assert spelt(tokenizer, "</summary>", torch.tensor([[mark] * len(whole), whole])) == [0, len(whole)]
+
+
+@pytest.mark.parametrize("begin, end", MARKS)
+def test_thoughts_of_every_spelling_may_come_twice(begin, end):
+    """What they name is no answer, and while they are open there is none."""
+    thought = f"{begin} I write a long <summary>that I do not mean.</summary> {end}"
+    for before in (thought, thought + "\n" + thought):
+        assert extract(f"{before}<summary>A cat.</summary>", opened=False) == "A cat."
+        assert extract(f"{before} A cat.</summary>", opened=True) == "A cat."
+        assert extract(before, opened=False) is None and not is_ended(before, "</summary>")
+    assert not is_ended(thought.removesuffix(end), "</summary>")
+
+
+@pytest.mark.parametrize("before", [
+    "", "I write between <summary> and </summary>. ", "Tags: `<summary>` and `</summary>`.\n",
+    "我写在<summary>和</summary>之间。", "Form: <summary>...</summary>\n", "zwischen <summary> und </summary>: ",
+    "Write <summary></summary>, so: ", "<think>One <summary>I do not mean.</summary></think> ",
+    "the <summary> and the </summary> tag\n\n"])
+@pytest.mark.parametrize("pair", ["<summary>A cat sat.</summary>", "<summary>\nA cat\n</summary>",
+                                  " <summary> A cat named Tom sat on a mat </summary>"])
+def test_a_pair_of_tags_that_is_only_named_ends_no_completion(before, pair):
+    """The sampler ends with the first pair that means it, and that is the one that is read."""
+    tokenizer = byte_bpe()
+    ids = tokenizer.encode(before + pair).ids
+    ended = [end for end in range(1, len(ids) + 1) if spelt(tokenizer, "</summary>", torch.tensor([ids[:end]]))[0]]
+    assert ended[:1] == [len(ids)]
+    assert extract(tokenizer.decode(ids), opened=False) == pair.strip()[9:-10].strip()
 
 
 END, END_OF_TEXT = 2, 0  # `<|im_end|>` and `<|endoftext|>` in byte_bpe

@@ -285,6 +285,17 @@ def test_weight_decay_spares_what_transformers_trainer_spares(tmp_path, family, 
         torch.testing.assert_close(p.float(), before[name].float() * kept, rtol=8e-3, atol=0)
 
 
+def test_a_run_from_before_norms_were_spared_is_not_gone_on_with(small, cwd, monkeypatch, capsys):
+    """Its optimizer has one group where there are two now. The sentence does not blame the model."""
+    args = ["--model", str(small), *SMALL, "--stages", "length:1", "--weight-decay", "0.1", "--run", "a"]
+    with monkeypatch.context() as before:
+        before.setattr(train, "spare_norms", list)
+        assert train.main(args) == 0
+    kept = Path("runs/a/metrics.jsonl").read_bytes()
+    assert "--weight-decay pulled at norms and biases" in refused(capsys, "--run", "a", "--resume")
+    assert Path("runs/a/metrics.jsonl").read_bytes() == kept
+
+
 def test_the_last_lines_speak_of_a_length_only_where_something_pays_for_it(small, cwd, capsys):
     """ROUGE-L alone wants no length: "12% within the target" would blame the run for what nobody asked of it. In a run
     of two stages the first one did ask, and whether the second forgets it is the question."""
