@@ -15,6 +15,7 @@ Shapes: B prompts (posts) a step, G completions of each, P prompt tokens.
 import copy
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -48,8 +49,9 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     or --stage-ref previous asks for others.
     """
     begun = time.monotonic()
+    mlx = mlx_backend() if config.backend == "mlx" else None
     stages = parse_stages(config.stages)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = config.backend if mlx else config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     free = memory.cap_memory(device)
     # From here on, what cannot work is refused before the first step: posts that are missing or too long, a model that
     # does not fit. A refusal now is cheaper than a failure after an hour.
@@ -68,10 +70,11 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     step = load_checkpoint(folder, model, optimizer) if resume else 0
     log = Log(folder, config, stages, step, task.describe_goal(config), begun_with)
     log.begin(model, posts, held_out)
+    act, learn = mlx.take_over(model, optimizer) if mlx else (sample, grpo.update)
 
     def held_out_summaries() -> dict:
         # Greedy summaries of posts that the policy never learns from, scored by the last stage's reward.
-        return evaluate(model, tokenizer, held_out, config, scorers)
+        return evaluate(model, tokenizer, held_out, config, scorers, sample=act)
 
     for stage in stages:
         if step >= stage.end:
@@ -82,7 +85,8 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
         if config.stage_ref == "previous" and ref_model is not None and stage.number > 1:
             ref_model = frozen_copy_of_stage(folder, model, stage, begins=step == stage.first)
         step = run_stage(config, folder, stage, step, model=model, ref_model=ref_model, tokenizer=tokenizer,
-                         posts=posts, scorers=scorers, optimizer=optimizer, total=stages[-1].end, log=log, stop=stop)
+                         posts=posts, scorers=scorers, optimizer=optimizer, total=stages[-1].end, log=log, stop=stop,
+                         act=act, learn=learn)
         if stop.asked:
             save(model, tokenizer, folder / "model")
             return log.say(f"Stopped after step {step}. Go on with: python train.py --run {config.run} --resume")
@@ -96,10 +100,10 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
 
 
 def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, ref_model, tokenizer, posts, scorers,
-              optimizer, total: int, log: Log, stop: Stop) -> int:
+              optimizer, total: int, log: Log, stop: Stop, act: Callable, learn: Callable) -> int:
     """The algorithm box of the paper (Shao et al. 2024, algorithm 1), from `step` to the stage's end.
 
-    Returns the step that was reached."""
+    `act` and `learn` are `sample` and `update`, of torch or MLX. Returns the step that was reached."""
     while step < stage.end:
         clock = time.monotonic()
         for parameters in optimizer.param_groups:
@@ -109,9 +113,9 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
         tasks = task.tasks_of(posts, step, config, tokenizer)
         # 2. The policy writes G summaries of each. The same temperature divides the logits here and in the loss: else
         #    the policy that is trained would not be the one that wrote.
-        groups = sample(model, [each.prompt for each in tasks], G=config.group, max_new_tokens=config.max_new_tokens,
-                        temperature=config.temperature, seed=config.seed * 1_000_003 + step, tokenizer=tokenizer,
-                        stop_text=task.CLOSE if task.has_tag(config.template) else "")
+        groups = act(model, [each.prompt for each in tasks], G=config.group, max_new_tokens=config.max_new_tokens,
+                     temperature=config.temperature, seed=config.seed * 1_000_003 + step, tokenizer=tokenizer,
+                     stop_text=task.CLOSE if task.has_tag(config.template) else "")
         # 3. Each summary gets a number. Any function of the text will do, for no gradient goes through it: the loss
         #    asks only how much better than its own group a summary was.
         # What was written is kept if the rest fails; a reward may also ask a server, which may go away.
@@ -120,7 +124,7 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
             # 4. Summaries that did better than their own group become likelier, the others less likely: not too far
             #    from the policy that wrote them (the clip), nor from the reference model (the KL).
             try:
-                line |= grpo.update(model, ref_model, groups, optimizer, config)
+                line |= learn(model, ref_model, groups, optimizer, config)
             except FloatingPointError as e:
                 advice = remedy(model, [r for group in groups for r in group.rewards], config, first=step == 0)
                 raise last_good_weights(e, advice, folder, model, tokenizer, optimizer, step + 1) from e
@@ -155,6 +159,15 @@ def last_good_weights(e: Exception, advice: str, folder: Path, model, tokenizer,
                               f"{folder / 'model'}: go on from them with --model {folder / 'model'} and {advice}.")
 
 
+def mlx_backend():
+    """mlx_grpo.py, which is imported where it is asked for: MLX is not everywhere. ValueError says what to install."""
+    try:
+        import mlx_grpo
+    except ImportError as e:
+        raise ValueError(str(e)) from e
+    return mlx_grpo
+
+
 # --- before the first step --------------------------------------------------------------------------------------------
 
 
@@ -175,7 +188,8 @@ def load_policy(config: Config):
 def load_with_tokenizer(name: str, config: Config):
     # Weights are float32 unless --lean: at a learning rate of 1e-6 nearly all updates would vanish in bfloat16.
     dtype = torch.bfloat16 if config.lean else torch.float32
-    return with_words(name, *load(TINY if name == "tiny" else name, config.device or None, dtype))
+    device = "cpu" if config.backend == "mlx" else config.device or None
+    return with_words(name, *load(TINY if name == "tiny" else name, device, dtype))
 
 
 def choose_posts(config: Config, stages: list[Stage], model, tokenizer) -> tuple[list[Post], list[Post], list]:
@@ -237,8 +251,10 @@ def rehearse_largest_step(model, ref_model, longest_prompts: list[list[int]], co
     """Do the run's largest step once and throw it away: what does not fit is refused now, and not after an hour.
 
     `longest_prompts`: those of the largest batch that may come, B x [P_b] token ids. `free`: bytes that may be taken.
-    No weight and no random number is changed. Raises memory.Full.
+    No weight and no random number is changed. Raises memory.Full. (MLX's memory is not torch's: nothing is tried.)
     """
+    if config.backend == "mlx":
+        return
     device = next(model.parameters()).device
     B, G, T = len(longest_prompts), config.group, config.max_new_tokens
     prompts = [torch.tensor(prompt, device=device) for prompt in longest_prompts]  # B x [P_b]
