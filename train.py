@@ -74,7 +74,7 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
 
     def held_out_summaries() -> dict:
         # Greedy summaries of posts that the policy never learns from, scored by the last stage's reward.
-        return evaluate(model, tokenizer, held_out, config, scorers, sample=act)
+        return evaluate(model, tokenizer, held_out, config, scorers, act=act)
 
     for stage in stages:
         if step >= stage.end:
@@ -247,13 +247,15 @@ def make_fast_or_small(config: Config, model, ref_model) -> None:
         memory.tidy(model)  # not when compiled: torch.compile cannot look into what it calls
 
 
-def rehearse_largest_step(model, ref_model, longest_prompts: list[list[int]], config: Config, free: int) -> None:
+def rehearse_largest_step(model, ref_model, longest_prompts: list[list[int]], config: Config,
+                          free: int | None) -> None:
     """Do the run's largest step once and throw it away: what does not fit is refused now, and not after an hour.
 
     `longest_prompts`: those of the largest batch that may come, B x [P_b] token ids. `free`: bytes that may be taken.
-    No weight and no random number is changed. Raises memory.Full. (MLX's memory is not torch's: nothing is tried.)
+    None: the memory is MLX's, of which torch knows nothing. No weight and no random number is changed. Raises
+    memory.Full.
     """
-    if config.backend == "mlx":
+    if free is None:
         return
     device = next(model.parameters()).device
     B, G, T = len(longest_prompts), config.group, config.max_new_tokens
