@@ -168,7 +168,7 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         gate = self.gate_proj(x)  # [N, T, intermediate]
-        return self.down_proj(gate * mx.sigmoid(gate) * self.up_proj(x))  # nn.silu is compiled, anew for each shape
+        return self.down_proj(gate * mx.sigmoid(gate) * self.up_proj(x))  # nn.silu: g++ at run time on Linux
 
 
 class Layer(nn.Module):

@@ -23,8 +23,8 @@ try:
     from mlx import nn
     from mlx.utils import tree_flatten
 except ImportError as e:  # on Linux `pip install mlx` succeeds too, and brings nothing that computes
-    wanted = "mlx" if sys.platform == "darwin" else '"mlx[cpu]"'
-    raise ImportError(f"The MLX backend needs MLX, and here is none that runs: pip install {wanted}.") from e
+    wanted = '"mlx[cpu]"' if sys.platform == "linux" else "mlx"
+    raise ValueError(f"MLX cannot be imported ({str(e).splitlines()[0]}): pip install {wanted}.") from e
 
 BLOCK = 64  # a cache grows by room for so many tokens
 DTYPES = {mx.float32: torch.float32, mx.bfloat16: torch.bfloat16, mx.float16: torch.float16}
@@ -73,13 +73,14 @@ def recomputed(layer: nn.Module, x: mx.array, context) -> tuple[mx.array, tuple[
     may have one is an argument: the layer's parameters, and what it remembers."""
     before = layer.trainable_parameters()
 
-    def run(parameters, x, prompt, past):
+    def run(parameters, x, prompt, past):  # -> [N, T, D], what is remembered
         layer.update(parameters)
-        return layer(x, replace(context, prompt=prompt, past=past))
+        try:
+            return layer(x, replace(context, prompt=prompt, past=past))
+        finally:
+            layer.update(before)
 
-    x, own = mx.checkpoint(run)(before, x, context.prompt, context.past)  # [N, T, D]
-    layer.update(before)
-    return x, own
+    return mx.checkpoint(run)(before, x, context.prompt, context.past)
 
 
 def to_mlx(tensor: torch.Tensor) -> mx.array:
@@ -101,13 +102,14 @@ def read_model(model_class: Callable[[ModelConfig], nn.Module], name_or_path: st
     """What `mlx_model.load` promises, with `model_class(config)` to be filled. All that may be wrong with a folder is
     refused by the same lines as for torch, through which the weights go."""
     folder, raw, config, tokenizer = open_folder(name_or_path)
-    if dtype not in (None, *DTYPES):
+    dtype = dtype or mx.float32
+    if dtype not in DTYPES:
         raise ValueError(f"MLX weights are mx.float32, mx.bfloat16 or mx.float16, not {dtype}.")
     model = model_class(config)  # its random weights are noted, and never computed
     shapes = {name: p.shape for name, p in tree_flatten(model.parameters())}
     files = {name: file_name(name, config.model_type) for name in shapes}
     want = {files[name]: torch.Size(shape) for name, shape in shapes.items()}
-    state = read_weights(folder, config, want, device="cpu", dtype=DTYPES[dtype or mx.float32])
+    state = read_weights(folder, config, want, device="cpu", dtype=DTYPES[dtype])
     for name, file in files.items():  # one at a time: little memory beside the model's own
         model.load_weights([(name, to_mlx(state.pop(file)))], strict=False)
     raw, sidecars = passed_through(folder, raw)
