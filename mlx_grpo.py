@@ -24,7 +24,7 @@ import torch
 
 from grpo import EXPLODED, KINDS, KLS, advantages, unknown
 from mlx_model import Cache, Transformer, pad, sample
-from plumbing.micro_batches import MicroBatch, micro_batches
+from plumbing.micro_batches import MicroBatch, micro_batches, rewards_of
 from plumbing.mlx_adamw import AdamW, set_weights, trained
 from plumbing.mlx_arrays import mx
 from plumbing.mlx_logprobs import sliced_logprobs
@@ -137,8 +137,8 @@ def update(model, ref_model, groups: Sequence, optimizer: AdamW, config) -> dict
 
     The groups are those of rollout.py, of torch tensors: a few thousand numbers.
     """
-    rewards = torch.stack([torch.as_tensor(g.rewards, dtype=torch.float64) for g in groups])  # [B, G]
-    A = advantages(rewards, config.advantage)  # [B, G]
+    rewards, weights = rewards_of(groups, by_part=config.advantage == "gdpo")  # [B, G], or [B, G, K] and [K]
+    A = advantages(rewards, config.advantage, weights)  # [B, G]
     flat = (A == 0).all(1)  # [B]
     most = EXPLODED * max(1.0, A.abs().max().item())
     beta = config.beta if ref_model is not None else 0.0

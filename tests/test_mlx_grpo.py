@@ -222,7 +222,9 @@ def some_groups(seed=0, B=2, G=3, P=5, T=6):
         prompt = torch.randint(3, 40, (P - b,), generator=generator)  # [P - b]
         logp = -3 * torch.rand(G, T, generator=generator) * mask  # [G, T]
         groups.append(Group(prompt=prompt, tokens=ids, mask=mask, logp=logp, stopped=lengths < T, texts=[""] * G,
-                            rewards=torch.rand(G, generator=generator).tolist()))
+                            rewards=torch.rand(G, generator=generator).tolist(),
+                            parts={name: torch.rand(G, generator=generator).tolist() for name in ("one", "other")},
+                            weights={"one": 1.0, "other": 2.0}))
     return groups
 
 
@@ -277,14 +279,14 @@ def test_checkpointing_and_micro_batches_change_no_gradient(family, lora):
             np.testing.assert_allclose(np.array(found[name]), np.array(g), rtol=0, atol=1e-4 * mx.abs(g).max().item())
 
 
-@pytest.mark.parametrize("lora, kind", [(0, "grpo"), (2, "gspo"), (0, "cispo")])
-def test_the_metrics_of_an_update_are_those_of_torch(lora, kind):
+@pytest.mark.parametrize("lora, kind, advantage", [(0, "grpo", "gdpo"), (2, "gspo", "batch"), (0, "cispo", "group")])
+def test_the_metrics_of_an_update_are_those_of_torch(lora, kind, advantage):
     """Three batches, two steps on each: all metrics, and the weights within what AdamW makes of rounding."""
     model = policy(lora=lora)
     ref_model = model if lora else tiny_model(seed=7)
     mine = in_mlx(model)
     ref_mine = mine if lora else in_mlx(ref_model)
-    optimizer, config = adamw(model), settings(loss=kind, kl="k2", updates=2)
+    optimizer, config = adamw(model), settings(loss=kind, advantage=advantage, kl="k2", updates=2)
     optimizer_mine = mlx_grpo.AdamW(optimizer, {p: name for name, p in model.named_parameters()})
     for seed in range(3):
         groups = some_groups(seed)
