@@ -15,7 +15,7 @@ Shapes: B prompts (posts) a step, G completions of each, P prompt tokens.
 import copy
 import sys
 import time
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -49,12 +49,11 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     or --stage-ref previous asks for others.
     """
     begun = time.monotonic()
-    mlx = mlx_backend() if config.backend == "mlx" else None
+    mlx = import_module("mlx_grpo") if config.backend == "mlx" else None  # not everybody has MLX
     stages = parse_stages(config.stages)
     device = config.backend if mlx else config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     free = memory.cap_memory(device)
-    # From here on, what cannot work is refused before the first step: posts that are missing or too long, a model that
-    # does not fit. A refusal now is cheaper than a failure after an hour.
+    # From here on, what cannot work is refused before the first step: posts that are too long, a model that is too big.
     model, tokenizer = load_policy(config)
     posts, held_out, longest = choose_posts(config, stages, model, tokenizer)
     ref_model, scorers = frozen_models(config, stages, model, tokenizer)
@@ -63,7 +62,8 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
         **{f"model {n} that measures squish": scorer for n, (scorer, _) in enumerate(scorers, 1)}})
     make_fast_or_small(config, model, ref_model)
     check_device(model, min(longest, key=len), sample, grpo.group_logprobs)  # nothing on the CPU
-    rehearse_largest_step(model, ref_model, longest, config, free)
+    if not mlx:  # whose memory is another one
+        rehearse_largest_step(model, ref_model, longest, config, free)
     optimizer = make_optimizer(config, model)
     # A run is its weights, the optimizer's moments and a step number. All else follows from the seed and the step, so a
     # resumed run repeats the uninterrupted one bit for bit.
@@ -100,10 +100,9 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
 
 
 def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, ref_model, tokenizer, posts, scorers,
-              optimizer, total: int, log: Log, stop: Stop, act: Callable, learn: Callable) -> int:
-    """The algorithm box of the paper (Shao et al. 2024, algorithm 1), from `step` to the stage's end.
-
-    `act` and `learn` are `sample` and `update`, of torch or MLX. Returns the step that was reached."""
+              optimizer, total: int, log: Log, stop: Stop, act, learn) -> int:
+    """The algorithm box of the paper (Shao et al. 2024, algorithm 1), from `step` to the stage's end, which is returned
+    if nobody stops the run. `act` and `learn` are `sample` and `update`, of torch or MLX."""
     while step < stage.end:
         clock = time.monotonic()
         for parameters in optimizer.param_groups:
@@ -159,15 +158,6 @@ def last_good_weights(e: Exception, advice: str, folder: Path, model, tokenizer,
                               f"{folder / 'model'}: go on from them with --model {folder / 'model'} and {advice}.")
 
 
-def mlx_backend():
-    """mlx_grpo.py, which is imported where it is asked for: MLX is not everywhere. ValueError says what to install."""
-    try:
-        import mlx_grpo
-    except ImportError as e:
-        raise ValueError(str(e)) from e
-    return mlx_grpo
-
-
 # --- before the first step --------------------------------------------------------------------------------------------
 
 
@@ -188,8 +178,7 @@ def load_policy(config: Config):
 def load_with_tokenizer(name: str, config: Config):
     # Weights are float32 unless --lean: at a learning rate of 1e-6 nearly all updates would vanish in bfloat16.
     dtype = torch.bfloat16 if config.lean else torch.float32
-    device = "cpu" if config.backend == "mlx" else config.device or None
-    return with_words(name, *load(TINY if name == "tiny" else name, device, dtype))
+    return with_words(name, *load(TINY if name == "tiny" else name, config.device or None, dtype))
 
 
 def choose_posts(config: Config, stages: list[Stage], model, tokenizer) -> tuple[list[Post], list[Post], list]:
@@ -247,16 +236,12 @@ def make_fast_or_small(config: Config, model, ref_model) -> None:
         memory.tidy(model)  # not when compiled: torch.compile cannot look into what it calls
 
 
-def rehearse_largest_step(model, ref_model, longest_prompts: list[list[int]], config: Config,
-                          free: int | None) -> None:
+def rehearse_largest_step(model, ref_model, longest_prompts: list[list[int]], config: Config, free: int) -> None:
     """Do the run's largest step once and throw it away: what does not fit is refused now, and not after an hour.
 
     `longest_prompts`: those of the largest batch that may come, B x [P_b] token ids. `free`: bytes that may be taken.
-    None: the memory is MLX's, of which torch knows nothing. No weight and no random number is changed. Raises
-    memory.Full.
+    No weight and no random number is changed. Raises memory.Full.
     """
-    if free is None:
-        return
     device = next(model.parameters()).device
     B, G, T = len(longest_prompts), config.group, config.max_new_tokens
     prompts = [torch.tensor(prompt, device=device) for prompt in longest_prompts]  # B x [P_b]
@@ -304,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
         parse_stages(config.stages)
         with open_run(config, resume, given) as (config, folder), Stop() as stop:
             train(config, folder, resume, stop)
-    except (ValueError, OSError, FloatingPointError, memory.Full, Lies) as e:
+    except (ValueError, OSError, FloatingPointError, ImportError, memory.Full, Lies) as e:
         return complain(str(e))
     except (RuntimeError, MemoryError) as e:
         if not memory.is_full(e):

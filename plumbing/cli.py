@@ -111,6 +111,7 @@ def run_to_resume(config, given: dict, runs: Path) -> tuple:
     if given.get("backend", then) != then:
         say(f"{folder} was computed by {then} so far: by {given['backend']} it goes on within rounding, and not bit "
             f"for bit.")
+        kept["device"] = ""  # that of the other backend need not be on this machine
     return type(config)(**kept | {name: given[name] for name in FREE if name in given}), folder
 
 

@@ -67,17 +67,15 @@ def room_of(group: Path, limit: str, use: str, files: str) -> int | None:
     return int(most) - int((group / use).read_text(encoding="utf-8")) + (int(droppable[1]) if droppable else 0)
 
 
-def cap_memory(device: str) -> int | None:
+def cap_memory(device: str) -> int:
     """From here on, a process on the CPU that takes more than is available gets an exception, also on Linux.
 
     Returns how many bytes are available, or 0 where no limit was set: a GPU and Windows refuse by themselves, and macOS
-    knows no such limit. None for "mlx", which ends the process where it is refused memory.
+    knows no such limit. Nor for "mlx": refused memory, it ends the process without a word.
 
     RLIMIT_DATA counts private memory that may be written, touched or not. Mapped files and the stacks of libraries'
     threads make its count differ from what is in use, but by little.
     """
-    if device == "mlx":
-        return None
     np.ones((64, 64)) @ np.ones((64, 64))  # OpenBLAS takes its buffers now: refused them later, it ends the process
     free = available()
     if device != "cpu" or free is None or sys.platform != "linux":

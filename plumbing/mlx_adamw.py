@@ -33,7 +33,7 @@ class AdamW:
         self.moments: dict[str, tuple[mx.array, ...]] = {}  # m and v of each parameter, as it
         for p, state in optimizer.state.items():
             self.t = int(state["step"])
-            self.moments[names[p]] = tuple(to_mlx(state[key]) for key in self.keys)
+            self.moments[names[p]] = tuple(to_mlx(state[key].cpu()) for key in self.keys)
 
     def step(self, model: nn.Module, gradient: dict[str, mx.array], shrink: float = 1.0) -> None:
         """One step along `shrink` times the gradient, which is used up: MLX writes new weights where old ones lay, if

@@ -72,7 +72,7 @@ def from_torch(model: torch.nn.Module, model_class: type) -> nn.Module:
     modules, theirs = dict(mine.named_modules()), dict(model.named_modules())
     for name, p in model.named_parameters():
         module, _, leaf = name.rpartition(".")
-        setattr(modules[module], leaf, to_mlx(p.detach()))
+        setattr(modules[module], leaf, to_mlx(p.detach().cpu()))
         if leaf == "lora_A":
             modules[module].lora_scale = theirs[module].lora_scale
         if not p.requires_grad:
