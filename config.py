@@ -62,6 +62,9 @@ class Config:
     budget_unit: str = flag("chars", "what a budget counts", choices=UNITS)
     references: str = flag("", "models that measure squish and cost, with commas between; empty: the one that the run "
                                "begins with")
+    # A completion that is cut has no ending. The zone says so before it happens; it counts all that was sampled.
+    overlong: int = flag(0, "soft zone before the cut: over its last so many tokens a completion is paid up to 1 less "
+                            "(DAPO); 0: off")
     missing: str = flag("worst", "a completion without a summary between its tags shares its group's worst reward, or "
                                  "gets less than it", choices=("worst", "penalty"))
     max_document: int = flag(0, "cut documents to this many tokens; 0: refuse what does not fit")
@@ -91,8 +94,8 @@ class Config:
     device: str = flag("", "cpu, cuda or mps; empty: cuda where there is one, else cpu")
     # --- the update: grpo.py explains each, README.md says which paper takes which ---
     loss: str = of_update("grpo", "policy loss: what is clipped, and what a token weighs", choices=tuple(KINDS))
-    advantage: str = of_update("group", "r - mean, divided by the group's std, by nothing, or by the batch's std",
-                               choices=ADVANTAGES)
+    advantage: str = of_update("group", "r - mean, divided by the group's std, by nothing, or by the batch's std; gdpo "
+                                        "divides each reward of the sum by its own std", choices=ADVANTAGES)
     clip_low: float = of_update(0.2, "the ratio may fall to 1 - this before its gradient stops")
     clip_high: float = of_update(0.2, "the ratio may rise to 1 + this before its gradient stops (DAPO: 0.28)")
     beta: float = of_update(0.05, "weight of the KL to the reference model; 0 needs no reference model")
@@ -176,7 +179,7 @@ def check(c: Config) -> None:
         (0 < c.max_new_tokens <= 1.1 * c.target, f"--max-new-tokens {c.max_new_tokens} would cut summaries at the "
                                                  f"target of {c.target} and count them as hits: leave room to miss"),
         *((getattr(c, n) < 0, f"--{n.replace('_', '-')} cannot be negative") for n in (
-            "max_new_tokens", "max_prompt", "max_posts", "min_chars")),
+            "max_new_tokens", "max_prompt", "max_posts", "min_chars", "overlong")),
         *((getattr(c, n) < 1, f"--{n.replace('_', '-')} must be at least 1") for n in (
             "target", "prompts", "updates", "micro_tokens", "eval_posts", "save_every", "print_every")),
     ):

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 
 from config import Config, parse_stages, reading, reward_names
-from metrics import bleu, copy_rate, distinct, meteor, repetition, rouge_l, templated
+from metrics import bleu, copy_rate, count_names, distinct, meteor, repetition, rouge_l, templated, twice
 from model import load
 from plumbing.folder import read_json, with_words
 from plumbing.hub import VALIDATION
@@ -50,7 +50,8 @@ METRICS = {"rouge_l": rouge_l, "meteor": meteor, "bleu": bleu}
 COLUMNS = (("n", "n", 5, "{}"), ("length", "length", 6, "{:.1f}"), ("length_std", "±", 5, "{:.1f}"),
            ("within_2", "±2", 6, "{:.1%}"), ("within_10pct", "±10%", 6, "{:.1%}"), ("rouge_l", "ROUGE-L", 8, "{:.3f}"),
            ("meteor", "METEOR", 7, "{:.3f}"), ("bleu", "BLEU", 6, "{:.3f}"), ("distinct", "distinct", 8, "{:.3f}"),
-           ("copy_rate", "copied", 7, "{:.1%}"), ("stopped", "stopped", 8, "{:.1%}"), ("over", "over", 6, "{:.1%}"),
+           ("copy_rate", "copied", 7, "{:.1%}"), ("invented", "invented", 8, "{:.1%}"), ("names", "names", 5, "{:.1f}"),
+           ("stopped", "stopped", 8, "{:.1%}"), ("over", "over", 6, "{:.1%}"),
            ("missing", "missing", 7, "{:.1%}"), ("reward", "reward", 7, "{:.3f}"))
 # Settings of a run that the command may say anew: {field of Config: what its flag means}.
 OWN = {"max_new_tokens": "where a summary is cut; 0: twice the target", "template": "prompt template",
@@ -69,6 +70,9 @@ def fit_posts(model, tokenizer, splits: Sequence[Sequence[Post]], config) -> lis
         splits = [[replace(post, document=shorten(tokenizer, post.document, config.max_document)) for post in posts]
                   for posts in splits]
     config.max_new_tokens = max(completion_limit(tokenizer, posts, config) for posts in splits)
+    if config.overlong >= config.max_new_tokens:
+        raise ValueError(f"--overlong {config.overlong}: completions are cut at {config.max_new_tokens} tokens, so all "
+                         f"would be too long. Take a smaller zone, or raise --max-new-tokens.")
 
     def longest_prompt(post: Post) -> list[int]:
         return max((make_task(tokenizer, post, config, budget).prompt for budget in budgets_of(config)), key=len)
@@ -105,13 +109,14 @@ def evaluate(model, tokenizer, posts: Sequence[Post], config, scorers: Sequence 
     """
     stages = parse_stages(config.stages)
     config = replace(config, template=config.template or choose_template(model, tokenizer, reward_names(stages)))
+    # One cut for all budgets; --overlong counts from it, too.
+    config.max_new_tokens = completion_limit(tokenizer, posts, config)
     results, rows = {}, []
     for budget in budgets_of(config):
         # A group of one for each post. What compares the members of a group (`distinct`, the worst total, the penalty)
         # has nobody to compare with: such parts of a reward mean something else here than in training.
         tasks = [make_task(tokenizer, post, config, budget) for post in posts]
-        groups = complete(model, tokenizer, [task.prompt for task in tasks],
-                          completion_limit(tokenizer, posts, config),
+        groups = complete(model, tokenizer, [task.prompt for task in tasks], config.max_new_tokens,
                           CLOSE if has_tag(config.template) else "", batch)
         means = score(groups, tasks, stages[-1].reward, config, tokenizer, scorers)
         means.pop("reward_std")  # of groups of one
@@ -135,8 +140,10 @@ def row_of(group: Group, task, config, tokenizer) -> dict:
     The metrics are computed whatever the reward was: a run that is paid by one of them is judged by the others.
     """
     summary = read_answer(group.texts[0], config.template) or ""
+    said, false = count_names(summary, task.post.document)
     row = {"id": task.post.id, "summary": summary, "length": content_lengths(group)[0], "reward": group.rewards[0],
-           **{f"reward/{name}": values[0] for name, values in group.parts.items()}}
+           **{f"reward/{name}": values[0] for name, values in group.parts.items()}, "names": said,
+           "invented": false / max(1, said)}
     if task.budget is not None:
         used = size(tokenizer, summary, config.budget_unit) / max(1, task.target)
         kept = fits(tokenizer, task.post.document, summary, task.budget, config.budget_unit)
@@ -151,14 +158,17 @@ def row_of(group: Group, task, config, tokenizer) -> dict:
 def summarise(rows: Sequence[dict], posts: Sequence[Post]) -> dict[str, float]:
     """Means over one summary of each post: the metrics, and what shows stock phrases, stammering and copying.
 
-    Posts without a reference of their own count in all but rouge_l, meteor and bleu.
+    Posts without a reference of their own count in all but rouge_l, meteor and bleu. `names` stands beside `invented`,
+    because who names nobody invents nothing.
     """
     texts = [row["summary"] for row in rows]
     compared = [row for row in rows if "rouge_l" in row]  # posts that have a reference
     means = {name: fmean(row[name] for row in compared) for name in METRICS if compared}
     return {**means, "length_std": pstdev(row["length"] for row in rows),
             "distinct": distinct(texts), "templated": templated([[text] for text in texts]),
-            "repetition": fmean(map(repetition, texts)),
+            "repetition": fmean(map(repetition, texts)), "twice": fmean(map(twice, texts)),
+            **{name: fmean(row[name] for row in rows) for name in ("names", "invented")},
+            "nothing_invented": fmean(row["invented"] == 0 for row in rows),
             "copy_rate": fmean(copy_rate(text, post.document) for text, post in zip(texts, posts))}
 
 

@@ -85,9 +85,9 @@ import torch
 from torch import Tensor
 
 from model import Cache, Transformer, pad, token_logprobs
-from plumbing.micro_batches import MicroBatch, micro_batches
+from plumbing.micro_batches import MicroBatch, micro_batches, rewards_of
 
-ADVANTAGES = ("group", "mean", "batch")
+ADVANTAGES = ("group", "mean", "batch", "gdpo")
 KLS = ("k1", "k2", "k3", "k3_ratio")
 # All that the losses differ in. Ratio: each token has its own, or the sequence has one. Surrogate: "clip" stops a
 # token's gradient once the ratio has left the band in the direction of A; "weight" clips the factor in front of it, so
@@ -112,17 +112,20 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
     return ValueError(f"There is no {what} '{name}': take one of {', '.join(known)}.")
 
 
-def advantages(rewards: Tensor, kind: str = "group") -> Tensor:
+def advantages(rewards: Tensor, kind: str = "group", weights: Tensor | None = None, floor: float = 0.05) -> Tensor:
     """rewards [B, G] -> advantages [B, G], float32: how much better each completion did than its own group.
 
     "group": (r - mean) / (std + 1e-4), as in the paper. The std is the unbiased one (divided by G - 1) and 1e-4 is
         added, as in trl. The biased one (divided by G) would give values larger by sqrt(G / (G - 1)): 7% at G = 8.
     "mean":  r - mean (Dr. GRPO, Liu et al. 2025).
     "batch": r - the group's mean, divided by the std of all B*G rewards + 1e-4 (Liu et al. 2025, "Part I").
+    "gdpo":  rewards [B, G, K] and weights [K]: "group" for each of K rewards, their weighted sum, divided by its std
+        over the batch + 1e-4 (Liu et al. 2026). What a reward may say is its weight, not its spread; equal sums differ.
 
     Why divide by the std? Then the scale of the reward does not matter: the learning rate that fits rewards in [0, 1]
     fits rewards in [0, 100], and an easy prompt teaches as much as a hard one. When not? When a small spread is only
-    noise: dividing makes a difference of 0.01 as loud as one of 1. "mean" leaves each its own size.
+    noise: dividing makes a difference of 0.01 as loud as one of 1. "mean" leaves each its own size. In "gdpo", where a
+    reward that hardly varies would be as loud as the rest, no std counts as less than `floor` times the largest of K.
 
     What if all rewards of a group are equal? It has nothing to say and gets exactly 0, whatever the kind.
 
@@ -132,24 +135,23 @@ def advantages(rewards: Tensor, kind: str = "group") -> Tensor:
     """
     if kind not in ADVANTAGES:
         raise unknown("advantage", kind, ADVANTAGES)
-    if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"GRPO compares completions of the same prompt, so a group needs at least 2 of them; rewards "
-                         f"have shape {list(rewards.shape)} where [prompts, completions] is wanted. Raise --group.")
-    rewards = rewards.double()  # [B, G]
-    if not rewards.float().isfinite().all():
+    if rewards.ndim not in (2, 2 + (kind == "gdpo")) or rewards.shape[1] < 2:
+        raise ValueError(f"Rewards of shape {list(rewards.shape)}: GRPO compares completions of one prompt, so it "
+                         f"takes [prompts, completions], with at least 2 of these. Raise --group.")
+    r = rewards.double().view(*rewards.shape[:2], -1)  # [B, G, K], K = 1 but for gdpo; in float32, 1e8 + 1 is 1e8
+    if not r.float().isfinite().all():
         raise ValueError("A reward is NaN or infinite: no advantage can be computed from it. Look at the reward.")
-    size, std = rewards.abs().amax(1, keepdim=True), rewards.std().float()  # [B, 1], []
-    spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)  # [B, 1]
-    # float32 has seven digits: 1e8 and 1e8 + 1 are one number in it. Where a group shares three, they go first.
-    rewards = (rewards - torch.where(size > 1e3 * spread, rewards[:, :1], 0.0)).float()  # [B, G]
-    a = rewards - rewards.mean(1, keepdim=True)  # [B, G]
-    if kind == "group":
-        a = a / (rewards.std(1, keepdim=True) + 1e-4)  # [B, G]
-    elif kind == "batch":
-        a = a / (std + 1e-4)  # [B, G]
-    # The mean of equal floats need not be equal to them, nor are 0.1 + 0.2 and 0.3. Such a rounding error would be an
-    # advantage, however small, and AdamW makes a whole step of any gradient that is alone.
-    return a.masked_fill(spread <= 1e-12 * size, 0.0)
+    # The mean of equal floats need not be equal to them, nor 0.1 + 0.2 to 0.3. AdamW makes a whole step of any error.
+    flat = r.amax(1, keepdim=True) - r.amin(1, keepdim=True) <= 1e-12 * r.abs().amax(1, keepdim=True)  # [B, 1, K]
+    a, std = (r - r.mean(1, keepdim=True)).masked_fill(flat, 0.0), r.std(1, keepdim=True)  # [B, G, K], [B, 1, K]
+    weights = r.new_ones(r.shape[2]) if weights is None else weights.to(r)  # [K]
+    if kind == "batch":
+        std = r.std()  # []
+    elif kind == "gdpo":
+        std = std.clamp(min=floor * (std * (weights != 0)).square().mean(0).sqrt().max())  # [B, 1, K]
+    a = (a if kind == "mean" else a / (std + 1e-4)) @ weights  # [B, G]
+    # gdpo: the mean over the batch is 0, as in each group. Rounded, or rewards that cancel would leave such an error.
+    return (a.round(decimals=12) / (a.std() + 1e-4) if kind == "gdpo" else a).float()
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, advantages: Tensor, mask: Tensor,
@@ -279,8 +281,8 @@ def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, 
     Raises FloatingPointError when the loss or the gradient is NaN or exploded (the weights are then as they were
     before this optimizer step), or when a weight is not finite after it.
     """
-    rewards = torch.stack([torch.as_tensor(g.rewards, dtype=torch.float64) for g in groups])  # [B, G]
-    A = advantages(rewards, config.advantage).to(groups[0].tokens.device)  # [B, G]
+    rewards, weights = rewards_of(groups, by_part=config.advantage == "gdpo")  # [B, G], or [B, G, K] and [K]
+    A = advantages(rewards, config.advantage, weights).to(groups[0].tokens.device)  # [B, G]
     flat = (A == 0).all(1)  # [B]
     most = EXPLODED * max(1.0, A.abs().max().item())  # rewards of 1e9 are no reason to stop: the clip takes it out
     beta = config.beta if ref_model is not None else 0.0

@@ -1,8 +1,8 @@
 """Text in, numbers out: how much of a reference summary a text says again, and what shows that a policy cheats.
 
 ROUGE-L, BLEU and METEOR are equal to the libraries that people quote (rouge_score, sacreBLEU, nltk), and several times
-faster, because they are done for single pairs of short texts. Copies, repetitions, templates and form are counted in
-words. Formula, source and a worked example stand with each.
+faster, because they are done for single pairs of short texts. Copies, repetitions, inventions, templates and form are
+counted in words. Formula, source and a worked example stand with each.
 """
 
 import math
@@ -10,9 +10,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import chain
 
-from plumbing.scripts import by_character, ends_a_sentence
+from plumbing.mteval import words_13a
+from plumbing.names import names, words_in
+from plumbing.scripts import FULL_STOPS, by_character, ends_a_sentence
 from plumbing.words import stem, synonyms
 
 # ------------------------------------------------------------------------------------------------------------- ROUGE-L
@@ -71,35 +72,6 @@ def rouge_l(candidate: str, reference: str) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------- BLEU
-
-_PUNCTUATION = str.maketrans({mark: f" {mark} " for mark in "{|}~[\\]^_` !\"#$%&()*+:;<=>?@/"})
-_13A = (  # commas, full stops and dashes: apart from words, together with digits ("3.5", "1,000"; but "1-2" is 1 - 2)
-    (re.compile(r"([^0-9])([.,])"), r"\1 \2 "),
-    (re.compile(r"([.,])([^0-9])"), r" \1 \2"),
-    (re.compile(r"([0-9])(-)"), r"\1 \2 "),
-)
-
-
-@lru_cache(maxsize=2**16)  # the rules look no further than a blank, so what stands between two is cut once and for all
-def _cut(word: str) -> tuple[str, ...]:
-    text = f" {word} ".translate(_PUNCTUATION)
-    for pattern, spaced in _13A:
-        text = pattern.sub(spaced, text)
-    return tuple(text.split())
-
-
-@lru_cache(maxsize=1024)  # BLEU and METEOR cut the same texts, and a group's reference comes back G times
-def words_13a(text: str) -> tuple[str, ...]:
-    """The words of mteval-v13a, NIST's scoring script: what BLEU is counted in everywhere, case kept.
-
-    >>> words_13a("Tom's cat (aged 3.5) won 1,000 euros, twice.")
-    ("Tom's", 'cat', '(', 'aged', '3.5', ')', 'won', '1,000', 'euros', ',', 'twice', '.')
-    """
-    # The script also joins words that a hyphen splits over two lines, and knows a few names for characters.
-    text = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
-    for name, mark in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
-        text = text.replace(name, mark)
-    return tuple(chain.from_iterable(map(_cut, text.split())))
 
 
 def ngrams(words: Sequence[str], n: int) -> Iterable[tuple[str, ...]]:
@@ -284,6 +256,41 @@ def repetition(text: str, n: int = 3) -> float:
     """
     grams = list(ngrams(_words(text), n))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def twice(text: str) -> float:
+    """1 where a sentence of at least two words is said twice, whatever its capitals and marks, else 0.
+
+    >>> twice("He lost a cat. He wept. He wept!"), twice("Mr. Rye met Mr. Dee.")
+    (1.0, 0.0)
+    """
+    said = [tuple(_words(part)) for part in re.split(f"[{re.escape(FULL_STOPS)}\n]", text)]
+    said = [words for words in said if len(words) > 1]
+    return float(len(set(said)) < len(said))
+
+
+def count_names(text: str, document: str) -> tuple[int, int]:
+    """-> (names and numbers that the text says, how many of them are no word of the document), as often as said."""
+    said = names(text)
+    return len(said), sum(word not in words_in(document) for word in said)
+
+
+def invented(text: str, document: str) -> float:
+    """Share of the text's names and numbers that do not stand in the document: 0 is faithful, or names nobody.
+
+    A name is a word with a capital letter, one that begins a sentence too, unless sentences ordinarily begin with it
+    (plumbing/names.py lists those: He, After, ...). It stands in the document if it is a word there, however
+    capitalised. So Mara's is Mara, and 1,200 is 1200, but Tom is not in Tomorrow, nor 65 in 165.
+
+    What it cannot see: the wrong one of the document's names, a name in small letters, a number in words ("seven" for
+    7 is overlooked, 7 for "seven" counts as invented, and so does a plural or a nickname). A quotation counts like any
+    other text. An unusual first word counts as a name, and German nouns all do; Chinese has no capitals, only numbers.
+
+    >>> invented("Mara's goat ran from Dunmore. After 7 days, Tom found it.", "Mara lost her goat in Rye for 7 days.")
+    0.5
+    """
+    said, false = count_names(text, document)
+    return false / said if said else 0.0
 
 
 def distinct(texts: Sequence[str], n: int = 2) -> float:

@@ -1,7 +1,7 @@
 """Rewards: text in, numbers out.
 
-What a summary is paid is decided here. Two things come from elsewhere: the numbers of squish.py, and `task.penalise`
-(`--missing penalty`). Three things live in this file:
+What a summary is paid is decided here. Two things come from elsewhere: the numbers of squish.py, and what
+`task.score_group` adds (`--overlong`, `--missing penalty`). Three things live in this file:
 
 1. `length_penalty`, the one measure that is made for training; the others are metrics (`metrics.py`);
 2. `REWARDS` and `GROUP_REWARDS`, the tables that give each measure a name (a forker's first stop);
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from metrics import bleu, copy_rate, meteor, own_shares, repetition, rouge_l, well_formed
+from metrics import bleu, copy_rate, invented, meteor, own_shares, repetition, rouge_l, twice, well_formed
 from plumbing.expression import read_sum
 from plumbing.own_reward import Refused, asked, numbers
 from plumbing.server import similarities
@@ -71,6 +71,8 @@ REWARDS: dict[str, Callable[[Summary], float]] = {
     "char_length": lambda s: length_penalty(len(s.text), s.target),  # right for budgets in characters
     "copy_rate": lambda s: copy_rate(s.text, s.document),  # shares of what is bad: give them a negative weight
     "repetition": lambda s: repetition(s.text),
+    "twice": lambda s: twice(s.text),
+    "invented": lambda s: invented(s.text, s.document),
     "format": lambda s: well_formed(s.text),
     "squish": lambda s: _measured(s, "squish"),
     "cost": lambda s: _measured(s, "cost"),  # bits of the summary itself, as a share of the document's

@@ -41,6 +41,7 @@ class Group:
     rewards: list[float] | None = None  # G numbers, filled in by whoever scores the group
     ending: Tensor | None = None  # [G] tokens that spell the stop text, 0 elsewhere; None without a stop text
     parts: dict[str, list[float]] = field(default_factory=dict)  # G values of each reward, before its weight
+    weights: dict[str, float] = field(default_factory=dict)  # the weight of each of them
 
     @property
     def lengths(self) -> Tensor:

@@ -25,7 +25,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from config import Config, parse_budgets
-from metrics import distinct, repetition, templated
+from metrics import distinct, invented, repetition, templated
 from model import Transformer
 from plumbing.posts import Post, load_posts
 from plumbing.prompts import encode_prompt
@@ -249,17 +249,19 @@ def score(groups: Sequence[Group], tasks: Sequence[Task], reward: Reward, config
     paid = [group for group, task in zip(groups, tasks) if task.post.reference or not compares] or groups
     line = {"reward": fmean(value for group in paid for value in group.rewards),
             "reward_std": fmean(float(np.std(group.rewards, ddof=min(1, len(group.rewards) - 1))) for group in groups)}
-    for name in reward.names:
+    for name in groups[0].parts:
         line[f"reward/{name}"] = fmean(value for group in paid for value in group.parts[name])
     return {**line, "length": fmean(n for group in lengths for n in group),
             **on_target(summaries, lengths, tasks, config, tokenizer),
             "distinct": fmean(map(distinct, summaries)),
             "templated": templated(summaries),
+            "invented": fmean(invented(text, task.post.document) for texts, task in zip(summaries, tasks)
+                              for text in texts),
             "repetition": fmean(repetition(text) for texts in summaries for text in texts)}
 
 
 def score_group(group: Group, task: Task, reward: Reward, config: Config, scorers: Sequence) -> list[str]:
-    """Set the group's `rewards` [G] and `parts` -> its G summaries, "" where one is missing."""
+    """Set the group's `rewards` [G], `parts` and `weights` -> its G summaries, "" where one is missing."""
     found = [read_answer(text, config.template) for text in group.texts]
     texts = [text or "" for text in found]
     measured, document = {}, task.post.document
@@ -269,9 +271,25 @@ def score_group(group: Group, task: Task, reward: Reward, config: Config, scorer
         measured["cost"] = [fmean(values) for values in zip(*(cost(*scorer, document, found) for scorer in scorers))]
     group.rewards, group.parts = reward(texts, content_lengths(group), task.post.reference, task.target, document,
                                         measured)
-    if config.missing == "penalty" and has_tag(config.template):
-        group.rewards = penalise(group.rewards, [not text for text in texts])
+    group.weights = dict(reward.terms)
+    if config.overlong:  # DAPO's penalty near the cap (Yu et al. 2025, eq. 13): 0, then over the last tokens down to -1
+        near = [-max(0.0, 1 - (config.max_new_tokens - n) / config.overlong) for n in group.lengths.tolist()]
+        group.parts["overlong"], group.weights["overlong"] = near, 1.0
+        group.rewards = list(map(sum, zip(group.rewards, near)))
+    group.rewards = with_silence(group.rewards, texts, config)
+    if config.advantage == "gdpo":  # it compares part by part, so silence is the worst in each
+        group.parts = {name: with_silence(values, texts, config, math.copysign(1, group.weights[name]))
+                       for name, values in group.parts.items()}
     return texts
+
+
+def with_silence(values: list[float], texts: list[str], config: Config, sign: float = 1.0) -> list[float]:
+    """Values of a group [G] -> the same, with the worst of them, or less by --missing, where there is no summary."""
+    values = [sign * value for value in values]
+    values = [value if text.strip() else min(values) for value, text in zip(values, texts)]
+    if config.missing == "penalty" and has_tag(config.template):
+        values = penalise(values, [not text for text in texts])
+    return [sign * value for value in values]
 
 
 def penalise(totals: list[float], missing: list[bool]) -> list[float]:

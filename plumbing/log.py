@@ -22,13 +22,14 @@ COLUMNS = (("reward", "reward", 7, "{:.3f}"), ("length", "length", 6, "{:.1f}"),
            ("within_10pct", "±10%", 5, "{:.0%}"), ("over", "over", 5, "{:.0%}"), ("missing", "none", 5, "{:.0%}"),
            ("kl", "kl", 6, "{:.3f}"), ("entropy", "entropy", 7, "{:.2f}"),
            ("distinct", "distinct", 8, "{:.2f}"), ("templated", "templ", 5, "{:.0%}"),
+           ("invented", "invent", 6, "{:.0%}"),
            ("clip_frac", "clip", 5, "{:.0%}"), ("flat_groups", "flat", 5, "{:.0%}"), ("grad_norm", "grad", 5, "{:.2f}"),
            ("logp_gap", "gap", 6, "{:.0e}"), ("tokens_per_s", "tok/s", 6, "{:.0f}"))
 
 
 # These pay for no length. What a forker's reward pays for, nobody knows.
 ANY_LENGTH = {"rouge_l", "bleu", "char_bleu", "meteor", "embedding", "squish", "cost", "copy_rate", "repetition",
-              "distinct", "format"}
+              "twice", "invented", "distinct", "format"}
 
 
 class Log:
@@ -151,7 +152,7 @@ class Log:
         self.watch()
         if step % self.config.print_every and step != stage.end and step != self.first + 1:
             return
-        parts = [(f"reward/{n}", n, max(7, len(n)), "{:.3f}") for n in stage.reward.names]
+        parts = [(f"reward/{n}", n, max(7, len(n)), "{:.3f}") for n in (*stage.reward.names, "overlong")]
         columns = [COLUMNS[0], *(part for part in parts if part[1] != "length"), *COLUMNS[1:]]  # a length of its own
         columns = [column for column in columns if column[0] in row]
         if self.shown % 20 == 0:
@@ -225,7 +226,10 @@ def describe(r: dict, sized: bool = True) -> str:
     if "rouge_l" in r:
         some = f" of {r['compared']} posts with a reference" if r.get("compared", r["n"]) < r["n"] else ""
         said.append(f"ROUGE-L {r['rouge_l']:.3f}, METEOR {r['meteor']:.3f}, BLEU {r['bleu']:.3f}{some}")
-    return "; ".join([*said, f"distinct {r['distinct']:.2f}"])
+    said.append(f"distinct {r['distinct']:.2f}")
+    if "invented" in r:  # a log of older lines has none
+        said.append(f"invented {r['invented']:.0%} of {r['names']:.1f} names and numbers a summary")
+    return "; ".join(said)
 
 
 def paid(r: dict, ending: str = "") -> str:

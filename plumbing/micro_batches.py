@@ -25,6 +25,19 @@ class MicroBatch:
     logp_gap: float = 0.0  # largest difference between the sampler's log-probabilities and the trainer's
 
 
+def rewards_of(groups: Sequence, by_part: bool) -> tuple[Tensor, Tensor | None]:
+    """The rewards of B groups as [B, G] and None; or, part by part, as [B, G, K] and the parts' weights [K]."""
+    if not by_part:
+        return torch.stack([torch.as_tensor(g.rewards, dtype=torch.float64) for g in groups]), None
+    weights = groups[0].weights  # {name: number}, the same for all groups of a batch
+    if not weights:
+        raise ValueError("gdpo compares reward by reward, so each group needs its `parts` {name: G numbers} and their "
+                         "`weights` {name: number}: let task.score fill them in, or take another --advantage.")
+    parts = [[group.parts[name] for name in weights] for group in groups]
+    return (torch.tensor(parts, dtype=torch.float64).mT,  # of [B, K, G]
+            torch.tensor(list(weights.values()), dtype=torch.float64))  # [K]
+
+
 def micro_batches(groups: Sequence, advantages: Tensor, micro_tokens: int) -> list[MicroBatch]:
     """Groups and their advantages [B, G] -> pieces of at most `micro_tokens` tokens, padding included, longest first.
 

@@ -6,9 +6,11 @@ slow update written out below in Python loops that a reader can check against th
 
 import copy
 import doctest
+import inspect
 import itertools
 import re
 import statistics
+import textwrap
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -175,25 +177,32 @@ def test_a_constant_in_the_reward_is_no_news_however_large(kind, constant):
     """Bytes, microseconds, or a bonus that all get. float32 near 1e8 comes in steps of 8: its differences would be
     other ones, or none. By hand, for the first kind: mean 3/16, std sqrt(0.432...)."""
     r = [-0.5, 0.25, 0.0, 1.0]
-    expected = tensor([[(x - 0.1875) / (statistics.stdev(r) + 1e-4 if kind != "mean" else 1.0) for x in r]])
+    std = statistics.stdev(r) + 1e-4 if kind != "mean" else 1.0
+    if kind == "gdpo":  # divided once more, by the std of the batch, which is now almost 1
+        std *= (std - 1e-4) / std + 1e-4
+    expected = tensor([[(x - 0.1875) / std for x in r]])
     close(advantages(tensor([[constant + x for x in r]], dtype=torch.float64), kind), expected, 1e-5)
     close(advantages(tensor([r]), kind), expected, 1e-5)
 
 
 def test_a_constant_changes_nothing_in_an_update():
     """From the plain floats of a reward to the weights: nothing on the way rounds them."""
-    def learnt(constant):
+    def learnt(constant, kind):
         groups = random_groups()
         for g in groups:
             g.rewards = [constant + x for x in (-0.5, 0.25, 0.0, 1.0)]
-        return step(groups, Config(beta=0.0))[0]
-    close(learnt(1e8), learnt(0.0), 1e-7)
+            g.parts, g.weights = {"it": g.rewards, "other": [0.0, constant, constant, 0.0]}, {"it": 1.0, "other": 0.0}
+        return step(groups, Config(beta=0.0, advantage=kind))[0]
+    for kind in ("group", "gdpo"):
+        close(learnt(1e8, kind), learnt(0.0, kind), 1e-7)
 
 
 def test_what_only_rounding_tells_apart_is_flat():
     """0.1 + 0.2 and 0.3. As an advantage of 1e-13 it would be a whole step of AdamW, which sees no sizes."""
     for kind in ADVANTAGES:
         assert (advantages(tensor([[0.1 + 0.2, 0.3, 0.3]], dtype=torch.float64), kind) == 0).all()
+    parts = tensor([[[0.1, 0.3], [0.3, 0.1]]], dtype=torch.float64)  # [1, G, K]: two rewards that cancel each other out
+    assert (advantages(parts, "gdpo", tensor([1.0, 1.0])) == 0).all()
 
 
 def test_each_group_is_its_own_baseline():
@@ -214,6 +223,110 @@ def test_rewards_that_cannot_be_compared_are_refused_with_a_sentence(bad, says, 
     """One completion has nobody to be better than, and one NaN would spread to its whole group, then to the weights."""
     with pytest.raises(ValueError, match=says):
         advantages(bad, kind)
+
+
+# ------------------------------------------------------------------------------------------- gdpo: reward by reward
+
+
+def test_what_summing_first_cannot_tell_apart():
+    """The paper's example: two rewards of 0 or 1. One group knows 0 0 and 1 0, the other 0 0 and 1 1: the first wins
+    one of the two, the second both. Their sums are 0 1 and 0 2, which "group" makes the same: -0.71, 0.71.
+
+    By hand: each reward that varies has std 0.707, so its two values become -0.707 and 0.707; the other one is 0. Sums:
+    -0.707, 0.707 and -1.414, 1.414. All four have the std sqrt((2 * 0.5 + 2 * 2) / 3) = 1.291: +-0.548 and +-1.095.
+    """
+    parts = tensor([[[0.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [1.0, 1.0]]])  # [B, G, K]
+    first, second = advantages(parts.sum(-1))
+    close(first, second, 1e-4)
+    close(advantages(parts, "gdpo", tensor([1.0, 1.0])), tensor([[-0.5477, 0.5477], [-1.0954, 1.0954]]), 5e-4)
+    # And within a group: 4 0 and 0 4 tie as sums, below 3 3, though the second reward hardly ever is above 0.
+    group = tensor([[[4.0, 0], [0, 4], [3, 3], [4, 0], [4, 0], [0, 0]]])  # [1, G, K]
+    large, rare = advantages(group.sum(-1))[0, :2]
+    assert large == rare
+    large, rare = advantages(group, "gdpo", tensor([1.0, 1.0]))[0, :2]
+    assert rare > large + 0.1
+
+
+def trl_advantages(parts, weights):
+    """The lines of trl's trainer for normalize_then_sum, run as they stand in the installed version."""
+    trl = pytest.importorskip("trl", reason="trl is for Python 3.11 and later")
+    text = inspect.getsource(trl.GRPOTrainer._generate_and_score_completions)
+    lines = re.search(r'"normalize_then_sum":\n(.*?)\n        else:', text, re.S)[1]
+    B, G, K = parts.shape
+    names = {
+        "self": SimpleNamespace(reward_funcs=[None] * K, reward_weights=weights), "torch": torch, "device": "cpu",
+        "rewards_per_func": parts.reshape(B * G, K), "num_generations": G,
+        "unscorable_mask": torch.zeros(B * G, dtype=torch.bool), "nanstd": inspect.getmodule(trl.GRPOTrainer).nanstd,
+    }
+    exec(textwrap.dedent(lines), names)
+    return names["advantages"].view(B, G)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 1.0], [1.0, 3.0, -0.5], [0.0, 2.0]])
+def test_without_a_floor_gdpo_is_trl_s_normalize_then_sum(weights):
+    g = torch.Generator().manual_seed(1)
+    parts = torch.randn(5, 8, len(weights), dtype=torch.float64, generator=g)  # [B, G, K]
+    parts[:, :, 0] *= 1e-3
+    parts[2] = parts[2, :1]  # a group that agrees in everything
+    parts[3, :, 0] = 0.7  # and one that agrees in one reward
+    want = trl_advantages(parts, tensor(weights, dtype=torch.float64))
+    close(advantages(parts, "gdpo", tensor(weights), floor=0.0), want, 1e-6)
+    if len(weights) == 1:
+        close(advantages(parts[..., 0], "gdpo", floor=0.0), want, 1e-6)  # [B, G] is one reward
+
+
+def test_a_reward_that_hardly_varies_whispers():
+    """A std of a thousandth of the other's: divided by itself it would be noise as loud as the other. It counts as a
+    twentieth, so the noise has a fiftieth of a say. Scaled alike, all stays; and one that agrees says exactly 0."""
+    x, noise = torch.randn(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))  # [B, G] each
+    parts = torch.stack([x, 1e-3 * noise], -1)  # [B, G, K]
+    one, even = advantages(x, "gdpo"), tensor([1.0, 1.0])
+    assert (advantages(parts, "gdpo", even) - one).abs().max() < 0.06
+    assert (advantages(parts, "gdpo", even, floor=0.0) - one).abs().max() > 0.5
+    close(advantages(1e3 * parts, "gdpo", even), advantages(parts, "gdpo", even), 2e-3)
+    close(advantages(parts, "gdpo", 7 * even), advantages(parts, "gdpo", even), 2e-3)  # so do weights
+    close(advantages(torch.stack([x, 0.3 + 0 * x], -1), "gdpo", even), one, 0)
+    close(advantages(parts * tensor([1e6, 1.0]), "gdpo", tensor([0.0, 1.0])), advantages(1e-3 * noise, "gdpo"), 1e-6)
+
+
+@search
+@given(rewards, st.sampled_from([[1.0, 1.0], [3.0, -1.0], [0.0, 1.0]]), st.floats(-1e3, 1e3), st.integers(0, 2**31))
+def test_gdpo_sees_no_level_no_common_scale_and_no_order(rows, weights, shift, seed):
+    x = tensor(rows, dtype=torch.float64) / 8
+    g = torch.Generator().manual_seed(seed)
+    parts, w = torch.stack([x, torch.randn(x.shape, dtype=torch.float64, generator=g)], -1), tensor(weights)
+    a = advantages(parts, "gdpo", w)
+    close(a.sum(1), torch.zeros(len(a)), 1e-4)
+    assert a.double().std() < 1.0001 and a.isfinite().all()
+    close(advantages(parts + shift * tensor([1.0, -2.0]), "gdpo", w), a, 1e-5)
+    order = torch.randperm(x.shape[1], generator=g)
+    close(advantages(parts[:, order], "gdpo", w), a[:, order], 1e-5)
+    close(advantages(parts.flip(-1), "gdpo", w.flip(-1)), a, 1e-5)
+    close(advantages(parts, "gdpo", -w), -a, 1e-5)
+
+
+def test_an_update_by_gdpo_takes_the_parts_and_not_the_sum():
+    groups, start = random_groups(), tiny_model()
+    for g in groups:
+        g.parts = {"much": [9.0, -3.0, 2.0, 5.0], "little": (0.1 * torch.randn(4)).tolist()}
+        g.weights = {"little": 2.0, "much": 1.0}
+    parts = torch.stack([tensor([g.parts["little"], g.parts["much"]]).T for g in groups])  # [B, G, K]
+    wanted = advantages(parts, "gdpo", tensor([2.0, 1.0]))
+    config = Config(beta=0.0, advantage="gdpo", grad_clip=1e9)
+    by_gdpo, _ = step(groups, config)
+    for g, a in zip(groups, wanted):
+        g.rewards = a.tolist()  # as "mean" leaves them
+    close(by_gdpo, step(groups, Config(beta=0.0, advantage="mean", grad_clip=1e9))[0], 1e-7)
+    assert (by_gdpo - parameters_to_vector(start.parameters())).abs().max() > 1e-3
+    groups[0].weights = {}
+    with pytest.raises(ValueError, match="`parts`.*`weights`.*task.score"):
+        step(groups, config)
+
+
+@pytest.mark.parametrize("kind", sorted({*ADVANTAGES} - {"gdpo"}))
+def test_only_gdpo_takes_rewards_apart(kind):
+    with pytest.raises(ValueError, match="shape .1, 2, 2.*at least 2"):
+        advantages(torch.zeros(1, 2, 2), kind)
 
 
 # ----------------------------------------------------------------------------------------------- the clip, by quadrants

@@ -33,15 +33,19 @@ import train
 from metrics import (
     copy_rate,
     corpus_bleu,
+    count_names,
     distinct,
+    invented,
     own_shares,
     repetition,
     stem,
     templated,
+    twice,
     well_formed,
     words_13a,
 )
 from plumbing import server as server_module
+from plumbing.names import names
 from plumbing.scripts import without_rouge
 from plumbing.words import find_wordnet
 from rewards import GROUP_REWARDS, REWARDS, bleu, length_penalty, meteor, parse, rouge_l
@@ -607,6 +611,67 @@ def test_each_ones_share_of_distinct_adds_up_to_the_groups(texts):
     assert distinct(texts * 2) == pytest.approx(distinct(texts) / 2)  # everything is said twice
 
 
+def test_a_sentence_that_is_said_twice():
+    assert twice("He celebrated. He won a cup! he celebrated") == 1  # whatever its case and its mark
+    assert twice("He celebrated. He celebrated it.") == twice("He won, and he won.") == twice("") == 0
+    assert twice("Mr. Lee met Mr. Day. No. No.") == 0  # a title or a single word is no sentence
+    assert twice("猫がいる。犬がいる。猫がいる。") == 1 and twice("He left\nHe left") == 1
+
+
+POST = "Mara lost her goat, noodle, in Rye; the O'Briens’ aunt Anne-Lise paid £1,200.50 and 165 or 2000 more tomorrow."
+
+
+@pytest.mark.parametrize(("text", "said", "false"), [
+    ("", [], 0),
+    ("the goat was lost", [], 0),
+    ("Mara's goat", ["mara"], 0),  # the ending is cut here...
+    ("MARA’S goat", ["mara"], 0),
+    ("O'Briens paid.", ["o'briens"], 0),  # ... and not this one
+    ("After that, Mara won; Finally she and I slept. I'm sure she'd won. He didn't. Didn't he?", ["mara"], 0),
+    ("Went to The Hague", ["went", "hague"], 2),  # an opener is never a name; an unusual first word is taken for one
+    ("Noodle came", ["noodle"], 0),  # the post has it in small letters
+    ("Tom and Tomorrow", ["tom"], 1),  # Tom is in "tomorrow", but it is no word of the post
+    ("Anne Lise, Anne-Lise, anne-Lise", ["anne", "lise", "anne", "lise", "lise"], 0),  # a hyphen parts words
+    ("New York, York", ["new", "york", "york"], 3),  # each word by itself, each time that it is said
+    ("1,200.50 or 1200.50", ["1200.50", "1200.50"], 0),
+    ("2,000 and 2000, not 1,200", ["2000", "2000", "1200"], 1),
+    ("65 of 165 in 1,65", ["65", "165", "1", "65"], 3),  # 65 stands inside of 165 only; 1,65 has no thousands
+    ("A 165th, £165.", ["165", "165"], 0),  # what is joined to a number does not count
+    ("José and Jose\u0301", ["josé", "josé"], 2),  # however the accent is written
+    ("猫がいる 165", ["165"], 0),  # no capitals
+])
+def test_names_and_numbers_by_hand(text, said, false):
+    assert names(text) == said and count_names(text, POST) == (len(said), false)
+    assert invented(text, POST) == (false / len(said) if said else 0.0)
+
+
+some_names = st.lists(st.sampled_from("Mara Rye Dunmore O'Brien Anne-Lise José 7 165 1,200 3.5".split()), max_size=6)
+
+
+@search
+@given(some_names, some_names, st.sampled_from([" ", ", ", ". ", " - ", " (", "'s "]))
+def test_what_stands_in_the_post_is_not_invented_and_all_else_is(ours, theirs, join):
+    """Whatever stands between them, and however the post writes them."""
+    text, post = join.join(ours), "It was " + "; ".join(theirs).lower() + "."
+    pieces, there = ([piece for name in some for piece in name.split("-")] for some in (ours, theirs))
+    assert count_names(text, post) == (len(pieces), sum(piece not in there for piece in pieces))
+    assert invented(text, text.upper()) == 0 and invented(text, "") == bool(pieces)
+    assert count_names(text.lower(), "")[0] == sum(piece[0].isdigit() for piece in pieces)  # only numbers are left
+
+
+@search
+@given(typeset, typeset)
+def test_a_longer_post_makes_nothing_more_invented(text, post):
+    said, false = count_names(text, post)
+    assert 0 <= false <= said and count_names(text, f"{post} {text}")[1] == 0
+    assert count_names(text, f"{post}\nTom won.")[1] <= false
+    assert count_names(f"{text} and {text}", post) == (2 * said, 2 * false)
+
+
+def test_the_references_of_the_embedded_posts_invent_nothing():
+    assert not [post.id for post in load_posts("tiny", "test") if invented(post.reference, post.document)]
+
+
 def test_form():
     good = ["The cat sat.", "“Did it?”", "3 cats sat!", "Élan (of a cat.)", '"It did."', "'So?'", "It’s ‘on.’\n"]
     bad = ["the cat sat.", "The cat sat", "The cat.\nThe dog.", "", "  ", "The cat sat,"]
@@ -642,7 +707,7 @@ def test_a_run_is_told_where_rouge_counts_nothing(references, said):
 @pytest.mark.parametrize("name", sorted({*OUR_REWARDS} - {"embedding"} - rewards.NEED_MODEL))
 def test_every_reward_can_be_used_and_silence_is_never_best(name):
     texts = ["Tom won a race.", "Tom lost a cat and a dog.", "", " \n"]
-    bad = name in ("copy_rate", "repetition")  # shares of what is bad
+    bad = name in ("copy_rate", "repetition", "twice", "invented")  # shares of what is bad
     expression = f"0*length - {name}" if bad else name
     totals, parts = parse(expression)(texts, [5, 9, 0, 2], "Tom won the race.", 6, document="Tom won a race.")
     assert list(parts)[-1] == name and len(parts[name]) == 4
@@ -659,7 +724,8 @@ def test_nothing_breaks_them_and_a_text_is_most_like_itself():
         for metric in (rouge_l, bleu, meteor, copy_rate):
             assert 0 <= metric(a, b) <= metric(b, b) + 1e-12 <= 1 + 1e-12, (metric, a, b)
         assert (bleu(b, b), rouge_l(b, b)) == (bool(words_13a(b)), bool(metrics._tokens(b))), b  # 1, to the last digit
-        assert 0 <= repetition(a) <= 1 and well_formed(a) in (0, 1)
+        assert 0 <= repetition(a) <= 1 and well_formed(a) in (0, 1) and twice(a) in (0, 1)
+        assert 0 <= invented(a, b) <= 1 and invented(a, a) == 0, (a, b)
         assert all(0 <= share <= 1 for share in own_shares((a, b)))
 
 
@@ -669,11 +735,14 @@ def test_a_name_is_what_it_says_and_needs_what_it_says(name, monkeypatch):
     monkeypatch.setattr(server_module, "embed", lambda texts: {
         text: [float(text.count(letter)) for letter in "abcd"] for text in texts})
     text, reference, document, other = "a b c a b c", "a b c d a a", "x a b c a y", "d d a c"
+    if name in ("twice", "invented"):
+        text, document = "B Rye. Tom 7. B Rye.", "tom"
     expected = {
         "length": -(8 - 6) / 8, "char_length": -(11 - 8) / 8, "embedding": (2 * 3 + 2 * 1 + 2 * 1) / 12,
         "rouge_l": rouge_l(text, reference), "bleu": bleu(text, reference),
         "char_bleu": bleu(" ".join(text), " ".join(reference)), "meteor": meteor(text, reference),
         "copy_rate": 3 / 4, "repetition": 1 / 4, "distinct": (4 * 1 / 2 + 1) / 5, "format": 0.0,
+        "twice": 1.0, "invented": 5 / 6,
         "squish": 0.5, "cost": 0.25,
     }
     measured = {"squish": [0.5, 0.0], "cost": [0.25, 0.125]}

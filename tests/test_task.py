@@ -4,6 +4,7 @@ Oracles: transformers' chat templates and tokenizers, and the published folders 
 """
 
 import copy
+import dataclasses
 import doctest
 import gzip
 import json
@@ -493,6 +494,48 @@ def test_groups_of_any_sampler_are_scored():
     assert line["reward"] == pytest.approx(sum(group.rewards) / 4) and line["reward/length"] == -2.25 / 4
     assert (line["length"], line["within_2"], line["within_10pct"]) == (7 / 4, 0.5, 0.25)
     assert line["reward_std"] == pytest.approx(np.std(group.rewards, ddof=1))
+
+
+def test_near_the_cap_a_completion_is_paid_less():
+    """DAPO's eq. 13 with a cap of 16 and a zone of 4: nothing up to 12 tokens, then a quarter a token, 1 at the cap.
+
+    Tokens are what was sampled: 16 line feeds are a long completion, too. And nobody scores below silence.
+    """
+    config = Config(template="plain", target=4, max_new_tokens=16, overlong=4, stages=("rouge_l:1",))
+    stage, = parse_stages(config.stages)
+    group = SimpleNamespace(texts=["a cat sat", "a cat", "a cat sat", "a", "\n", ""],
+                            lengths=np.array([3, 12, 13, 15, 16, 0]))
+    asked = Task(Post("Once a cat sat here.", "a cat sat", "1"), [1, 2], 4)
+    line = score([group], [asked], stage.reward, config, None)
+    assert group.parts["overlong"] == [0.0, 0.0, -0.25, -0.75, -1.0, 0.0]
+    assert group.weights == {"rouge_l": 1, "overlong": 1}
+    assert group.rewards == pytest.approx([1.0, 0.8, 0.75, 0.5 - 0.75, -1.0, -1.0])
+    assert line["reward/overlong"] == pytest.approx(-2 / 6)
+    score([group], [asked], stage.reward, dataclasses.replace(config, overlong=0), None)
+    assert "overlong" not in group.parts and "overlong" not in group.weights
+
+
+@pytest.mark.parametrize("missing", ["worst", "penalty"])
+def test_for_gdpo_silence_is_the_worst_in_every_part(missing):
+    """A summary that is not there has invented nothing: part by part, that would be a reward for silence."""
+    config = Config(template="tagged", target=4, stages=("rouge_l - 3*invented + 0*format:1",), advantage="gdpo",
+                    missing=missing)
+    stage, = parse_stages(config.stages)
+    texts = ["a cat sat</summary>", "a Tom sat</summary>", "a cat sat", " </summary>"]
+    group = SimpleNamespace(texts=texts, lengths=np.array([3, 3, 3, 1]))
+    asked = Task(Post("Once a cat sat here.", "a cat sat", "1"), [1, 2], 4, 0.5)
+    score([group], [asked], stage.reward, config, byte_bpe())
+    good, bad = group.parts["rouge_l"][0], group.parts["rouge_l"][1]
+    assert (good, bad) == (1.0, pytest.approx(2 / 3)) and group.parts["invented"][:2] == [0.0, 1.0]
+    assert group.weights == {"rouge_l": 1.0, "invented": -3.0, "format": 0.0}
+    if missing == "worst":
+        assert group.parts["rouge_l"][2:] == [0.0, 0.0] and group.parts["invented"][2:] == [1.0, 1.0]
+    else:  # below the worst by the spread of the others, part by part
+        assert group.parts["rouge_l"][2:] == pytest.approx([bad - (good - bad)] * 2)
+        assert group.parts["invented"][2:] == [2.0, 2.0]
+    raw = SimpleNamespace(texts=texts, lengths=np.array([3, 3, 3, 1]))
+    score([raw], [asked], stage.reward, dataclasses.replace(config, advantage="group"), byte_bpe())
+    assert raw.parts["invented"] == [0.0, 1.0, 0.0, 0.0] and raw.rewards == group.rewards
 
 
 def test_each_task_has_a_target_of_its_own():
