@@ -59,7 +59,7 @@ class Log:
         What was logged after the checkpoint is about to happen again, and so is an evaluation that was not finished.
         """
         kept, self.lost = {}, []
-        for name in ("metrics", "eval", "samples"):
+        for name in ("metrics", "eval", "samples", "groups"):
             rows, broken = read_rows(self.folder / f"{name}.jsonl")
             kept[name] = [row for row in rows if row["step"] <= step]
             if broken:
@@ -131,6 +131,7 @@ class Log:
                 raise ConnectionError(f"{e} All {step} steps are kept: when the server is back, go on with python "
                                       f"train.py --run {self.folder.name} --resume" if step else str(e)) from e
             summaries = r.pop("summaries")
+            r["lengths"] = [row["length"] for row in summaries]
             for post, row in zip(held_out[:5], summaries):
                 self.append("samples", {"step": step, "stage": stage, "document": post.document,
                                         "reference": post.reference, **row})

@@ -26,8 +26,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tiny" / "README.m
 READ_YOUR_RUN = ROOT / "docs" / "read-your-run.md"
 ROOMS = ("", "plumbing", "studies")  # where modules lie
 # Files that only a run, a download or a model folder makes.
-MADE = {"config.json", "metrics.jsonl", "eval.jsonl", "samples.jsonl", "failed.jsonl", "curves.png", "checkpoint/",
-        "model/", "adapter/", "runs/NAME/", "runs/squish.sqlite"}
+MADE = {"config.json", "metrics.jsonl", "eval.jsonl", "samples.jsonl", "groups.jsonl", "failed.jsonl", "curves.png",
+        "checkpoint/", "model/", "adapter/", "runs/NAME/", "runs/squish.sqlite"}
 # Programs of others: their flags are theirs.
 FOREIGN = ("pip", "uv", "apt", "git", "ruff", "bash", "brew", "cd", "export")
 PROGRAMS = {"train.py": "train", "eval.py": "eval", "studies.rewards_grid": "studies.rewards_grid",

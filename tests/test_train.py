@@ -141,7 +141,7 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(small, whole, cwd, nam
 def test_what_a_run_leaves_behind(whole):
     """The files and keys that other tools rely on."""
     assert {p.name for p in whole.iterdir()} == {"config.json", "metrics.jsonl", "eval.jsonl", "samples.jsonl",
-                                                 "checkpoint", "model", "curves.png"}
+                                                 "groups.jsonl", "checkpoint", "model", "curves.png", "report.html"}
     rows = lines(whole / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 17))
     assert [row["stage"] for row in rows] == [1] * 8 + [2] * 8
