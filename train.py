@@ -32,7 +32,7 @@ from plumbing.checkpoint import kept_when_alone, load_checkpoint, made_of, save_
 from plumbing.cli import Stop, complain, open_console, open_run, read_arguments
 from plumbing.curves import draw_curves
 from plumbing.device import Lies, check_device
-from plumbing.exploded import remedy
+from plumbing.exploded import explained
 from plumbing.folder import can_stop, with_words
 from plumbing.groups import keeping_groups
 from plumbing.log import Log
@@ -127,11 +127,8 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
             line = task.score(groups, tasks, stage.reward, config, tokenizer, scorers)
             # 4. Summaries that did better than their own group become likelier, the others less likely: not too far
             #    from the policy that wrote them (the clip), nor from the reference model (the KL).
-            try:
+            with explained(folder, model, tokenizer, optimizer, groups=groups, config=config, step=step, save=save):
                 line |= learn(model, ref_model, groups, optimizer, config)
-            except FloatingPointError as e:
-                advice = remedy(model, [r for group in groups for r in group.rewards], config, first=step == 0)
-                raise last_good_weights(e, advice, folder, model, tokenizer, optimizer, step + 1) from e
 
         # 5. Say what happened, and now and then write down all that is needed to go on from here.
         step += 1
@@ -151,16 +148,6 @@ def learning_rate(step: int, total: int, config: Config) -> float:
     needs no scheduler's state.
     """
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup)) * (1 - (1 - config.lr_end) * step / total)
-
-
-def last_good_weights(e: Exception, advice: str, folder: Path, model, tokenizer, optimizer, step: int) -> Exception:
-    """What to say when the loss of `step` exploded; the weights of the last checkpoint are put into model/."""
-    good = load_checkpoint(folder, model, optimizer)
-    if good == 0:
-        return FloatingPointError(f"{e} in step {step}, before the first checkpoint: start again with {advice}.")
-    save(model, tokenizer, folder / "model")
-    return FloatingPointError(f"{e} in step {step}. The weights of step {good}, which are good, are in "
-                              f"{folder / 'model'}: go on from them with --model {folder / 'model'} and {advice}.")
 
 
 # --- before the first step --------------------------------------------------------------------------------------------

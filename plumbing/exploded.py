@@ -1,6 +1,30 @@
 """Why a loss or a gradient is not a number any more, or one that leads nowhere: advice that helps, and no other."""
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
+
+from plumbing.checkpoint import load_checkpoint
+
+
+@contextmanager
+def explained(folder: Path, model: torch.nn.Module, tokenizer, optimizer: torch.optim.Optimizer, *, groups: Sequence,
+              config, step: int, save: Callable) -> Iterator[None]:
+    """Around the update of step + 1: if it explodes, the weights of the last checkpoint go into model/ by `save`, and
+    the FloatingPointError says where they are and what to change."""
+    try:
+        yield
+    except FloatingPointError as e:
+        advice = remedy(model, [r for group in groups for r in group.rewards], config, first=step == 0)
+        good, place = load_checkpoint(folder, model, optimizer), folder / "model"
+        if good == 0:
+            raise FloatingPointError(f"{e} in step {step + 1}, before the first checkpoint: start again with "
+                                     f"{advice}.") from e
+        save(model, tokenizer, place)
+        raise FloatingPointError(f"{e} in step {step + 1}. The weights of step {good}, which are good, are in {place}: "
+                                 f"go on from them with --model {place} and {advice}.") from e
 
 
 def remedy(model: torch.nn.Module, rewards: list[float], config, first: bool) -> str:
