@@ -23,12 +23,13 @@ import numpy as np
 import torch
 
 from grpo import EXPLODED, KINDS, KLS, advantages, unknown
+from grpo import group_logprobs as of_torch
 from mlx_model import Cache, Transformer, pad, sample
 from plumbing.micro_batches import MicroBatch, micro_batches, rewards_of
 from plumbing.mlx_adamw import AdamW, set_weights, trained
 from plumbing.mlx_arrays import mx
 from plumbing.mlx_logprobs import sliced_logprobs
-from plumbing.mlx_windows import TakenOver
+from plumbing.mlx_windows import TakenOver, check_mlx
 
 
 def token_logprobs(model, hidden: mx.array, targets: mx.array, temperature: float = 1.0,
@@ -222,7 +223,11 @@ def step_down(model, optimizer: AdamW, gradient: dict[str, mx.array], largest_no
     return norm
 
 
-def take_over(model, optimizer: torch.optim.Optimizer) -> tuple[Callable, Callable]:
-    """A run's torch model and optimizer -> `sample` and `update` of them, computed in MLX (plumbing/mlx_windows.py)."""
+def take_over(model, optimizer: torch.optim.Optimizer, prompt: Sequence[int]) -> tuple[Callable, Callable]:
+    """A run's torch model and optimizer -> `sample` and `update` of them, computed in MLX (plumbing/mlx_windows.py).
+
+    Where that is a GPU, it answers the prompt (token ids) first: what differs from torch's CPU ends the run."""
+    if mx.default_device() == mx.gpu:
+        check_mlx(model, prompt, Transformer, sample, group_logprobs, of_torch)
     taken = TakenOver(model, optimizer, Transformer, sample, update)
     return taken.sample, taken.update

@@ -37,7 +37,6 @@ from plumbing.folder import can_stop, with_words
 from plumbing.groups import keeping_groups
 from plumbing.log import Log
 from plumbing.posts import TINY, Post, load_split, say_references
-from plumbing.report import reporting, write_report
 from rewards import NEED_MODEL, NEED_REFERENCE
 from rollout import Group, sample
 
@@ -72,7 +71,7 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     step = load_checkpoint(folder, model, optimizer) if resume else 0
     log = Log(folder, config, stages, step, task.describe_goal(config), begun_with)
     log.begin(model, posts, held_out)
-    act, learn = mlx.take_over(model, optimizer) if mlx else (sample, grpo.update)
+    act, learn = mlx.take_over(model, optimizer, min(longest, key=len)) if mlx else (sample, grpo.update)
 
     def held_out_summaries() -> dict:
         # Greedy summaries of posts that the policy never learns from, scored by the last stage's reward.
@@ -83,7 +82,6 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
             continue  # done before the run was resumed
         if step == stage.first:
             log.evaluation(step, stage.number - 1, held_out_summaries, held_out)
-            write_report(folder)
         # The KL is to the model that the run began with, or to the one that this stage began with.
         if config.stage_ref == "previous" and ref_model is not None and stage.number > 1:
             ref_model = frozen_copy_of_stage(folder, model, stage, begins=step == stage.first)
@@ -120,10 +118,9 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
                      stop_text=task.CLOSE if task.has_tag(config.template) else "")
         # 3. Each summary gets a number. Any function of the text will do, for no gradient goes through it: the loss
         #    asks only how much better than its own group a summary was.
-        # What was written is kept if the rest fails; a reward may also ask a server, which may go away.
-        shown = keeping_groups(folder, step + 1, stage.number, total, groups=groups, model=model, ref_model=ref_model,
-                               tokenizer=tokenizer, config=config, grpo=grpo)  # a few, for report.html
-        with log.keeping(step + 1, groups), kept_when_alone(folder, model, optimizer, step), shown:
+        # What was written is kept if the rest fails, or to look at; a reward may also ask a server, which may go away.
+        kept = keeping_groups(log, step + 1, groups, model=model, ref_model=ref_model, tokenizer=tokenizer, grpo=grpo)
+        with kept, kept_when_alone(folder, model, optimizer, step):
             line = task.score(groups, tasks, stage.reward, config, tokenizer, scorers)
             # 4. Summaries that did better than their own group become likelier, the others less likely: not too far
             #    from the policy that wrote them (the clip), nor from the reference model (the KL).
@@ -279,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check(config)
         parse_stages(config.stages)
-        with open_run(config, resume, given) as (config, folder), Stop() as stop, reporting(folder):
+        with open_run(config, resume, given) as (config, folder), Stop() as stop:
             train(config, folder, resume, stop)
     except (ValueError, OSError, FloatingPointError, ImportError, memory.Full, Lies) as e:
         return complain(str(e))

@@ -16,6 +16,7 @@ from plumbing.checkpoint import check_that_it_can_go_on
 from plumbing.folder import read_json
 from plumbing.log import say
 from plumbing.memory import Full
+from plumbing.report import reporting
 
 LOCK = Path("checkpoint") / "lock"  # in a run's folder
 # What a resumed run may change: memory and habits. No result depends on it, but in the last bits.
@@ -77,7 +78,8 @@ def open_run(config, resume: bool, given: dict) -> Iterator[tuple]:
             check_that_it_can_go_on(folder)
         elif (folder / "config.json").exists():
             raise FileExistsError(f"{folder} is there already: go on with --resume, or take another --run.")
-        yield config, folder
+        with reporting(folder):
+            yield config, folder
     except Full as e:
         if resume and "--micro-tokens" not in str(e):
             raise Full(f"{e} A run that is resumed can only take --checkpointing and a lower --micro-tokens: else go "

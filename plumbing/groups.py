@@ -18,12 +18,12 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from plumbing.log import say
+from plumbing.micro_batches import rewards_of
 from plumbing.report import write_report
 
 # What bounds the file: 12 * 2 * 400 tokens of about 150 bytes are 1.5 MB, whatever the run; the default run keeps 1 MB.
@@ -40,25 +40,22 @@ def steps_to_keep(total: int) -> set[int]:
 
 
 @contextmanager
-def keeping_groups(folder: Path, step: int, stage: int, total: int, *, groups: Sequence, model, ref_model, tokenizer,
-                   config, grpo) -> Iterator[None]:
-    """Around the scoring of the groups and the update on them, in step `step` of `total`: keep what they come to.
+def keeping_groups(log, step: int, groups: Sequence, *, model, ref_model, tokenizer, grpo) -> Iterator[None]:
+    """Around the scoring of a step's groups and the update on them: where it fails, their texts are kept (`Log`); where
+    it does not, now and then what it came to.
 
     `grpo`: the module, or whatever has its group_logprobs, policy_loss, kl_estimates, advantages and KINDS. It costs
     three forward passes over two groups, in a dozen steps of a run. No weight and no random number is touched. What
     fails in here does not end the run.
     """
-    if step not in steps_to_keep(total):
-        yield
-        return
-    shown = groups[:GROUPS]
-    before = [attempt(logprobs, model, group, config, grpo) for group in shown]  # [1, G, T] each
+    shown = groups[:GROUPS] if step in steps_to_keep(log.total) else []
+    before = [attempt(logprobs, model, group, log.config, grpo) for group in shown]  # [1, G, T] each
     # Under LoRA the ref_model is the policy itself without its adapters.
-    ref = [ref_model and attempt(reference_logprobs, ref_model, group, config, grpo) for group in shown]  # as before
-    yield
-    if None not in before:
-        attempt(keep, folder, step, stage, groups=groups, before=before, ref=ref, model=model, tokenizer=tokenizer,
-                config=config, grpo=grpo)
+    ref = [ref_model and attempt(reference_logprobs, ref_model, group, log.config, grpo) for group in shown]  # as they
+    with log.keeping(step, groups):
+        yield
+    if shown and None not in before:
+        attempt(keep, log, step, groups=groups, before=before, ref=ref, model=model, tokenizer=tokenizer, grpo=grpo)
 
 
 def attempt(do, *args, **named):
@@ -85,11 +82,11 @@ def reference_logprobs(ref_model, group, config, grpo) -> Tensor:
         return logprobs(ref_model, group, config, grpo)
 
 
-def keep(folder: Path, step: int, stage: int, *, groups: Sequence, before: list, ref: list, model, tokenizer, config,
-         grpo) -> None:
+def keep(log, step: int, *, groups: Sequence, before: list, ref: list, model, tokenizer, grpo) -> None:
     """A line of groups.jsonl, and the report with it: who looks at a run while it goes on sees them at once."""
-    rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)  # [B, G]
-    A = grpo.advantages(rewards, config.advantage).float().cpu()  # [B, G]
+    config, stage = log.config, next(stage.number for stage in log.stages if step <= stage.end)
+    rewards, weights = rewards_of(groups, by_part=config.advantage == "gdpo")  # [B, G], or [B, G, K] and [K]
+    A = grpo.advantages(rewards, config.advantage, weights).float().cpu()  # [B, G], as in the update
     whole = {"n_completions": A.numel(), "n_tokens": sum(int(group.mask.sum()) for group in groups),
              "max_length": config.max_new_tokens or max(group.mask.shape[1] for group in groups)}
     beta = config.beta if ref[0] is not None else 0.0
@@ -100,9 +97,9 @@ def keep(folder: Path, step: int, stage: int, *, groups: Sequence, before: list,
         new = logprobs(model, groups[i], config, grpo)  # [1, G, T]
         row["groups"].append(group_of(groups[i], tokenizer, old=old, new=new, ref=ref_logp, A=A[i:i + 1], beta=beta,
                                       whole=whole, config=config, grpo=grpo))
-    with open(folder / "groups.jsonl", "a", encoding="utf-8") as f:
+    with open(log.folder / "groups.jsonl", "a", encoding="utf-8") as f:
         f.write(json.dumps(row) + "\n")
-    write_report(folder)
+    write_report(log.folder)
 
 
 def group_of(group, tokenizer, *, old: Tensor, new: Tensor, ref: Tensor | None, A: Tensor, beta: float, whole: dict,

@@ -136,6 +136,8 @@ class Log:
                 self.append("samples", {"step": step, "stage": stage, "document": post.document,
                                         "reference": post.reference, **row})
             self.append("eval", {"step": step, "stage": stage, **r})
+            from plumbing.report import write_report  # here, for it reads what this file writes
+            write_report(self.folder)
         self.say(f"  held out, greedy, {moment(stage)}: "
                  + describe(read_lines(self.folder / "eval.jsonl")[-1], self.sized))
         self.shown = 0

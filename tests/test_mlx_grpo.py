@@ -15,6 +15,7 @@ import grpo
 import model as torch_model
 from lora import add_lora
 from plumbing.adamw import spare_norms
+from plumbing.device import Lies
 from plumbing.micro_batches import micro_batches
 from rollout import Group
 
@@ -382,3 +383,30 @@ def test_two_hundred_steps_end_with_the_memory_of_the_twentieth():
         mlx_grpo.update(mine, mine, groups, optimizer, settings(beta=0.01, updates=1 + step % 2))
         held.append(mx.get_active_memory() + mx.get_cache_memory())
     assert held[-1] <= 1.02 * held[19]  # a block may be a little larger than its array
+
+
+# --- a machine that is wrong ------------------------------------------------------------------------------------------
+
+
+def check(model):
+    mlx_grpo.check_mlx(model, [5, 6, 7, 8], mlx_grpo.Transformer, mlx_grpo.sample, mlx_grpo.group_logprobs,
+                       grpo.group_logprobs)
+
+
+@pytest.mark.parametrize("family, lora", [("qwen3", 0), ("lfm2", 2)])
+def test_a_gpu_is_asked_whether_it_computes_what_torch_does(family, lora):
+    """Nobody had a Mac: so a run there begins with this. It leaves the policy as it was."""
+    model = policy(family, lora)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    check(model)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("where, name, lie, says", [
+    (mx.fast, "rope", lambda real: lambda x, *args, **more: real(x, *args, **more) * 1.01, "sampler's log-prob"),
+    (mx, "value_and_grad", lambda real: lambda f: lambda x: (real(f)(x)[0], {k: 2 * g for k, g in x.items()}),
+     "gradient differs")])
+def test_a_gpu_that_lies_is_named(where, name, lie, says, monkeypatch):
+    monkeypatch.setattr(where, name, lie(getattr(where, name)))
+    with pytest.raises(Lies, match=f"with MLX .*{says}.*Take --backend torch"):
+        check(policy())

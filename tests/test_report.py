@@ -3,7 +3,9 @@
 import json
 import random
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,22 +39,18 @@ def config(**more) -> Config:
     return Config(**{"group": 4, "prompts": 2, "max_new_tokens": 12, "lr": 0.05, "beta": 0.1, "run": "r"} | more)
 
 
-def one_step(folder: Path, c: Config, step: int = 1, total: int = 1, rewards=None, seed: int = 0, watched: bool = True):
-    """A batch of a random model, scored by hand, and the update on it. -> (model, groups)."""
+def one_step(folder: Path, c: Config, step: int = 1, weight: float = 1.0):
+    """A batch of a random model, scored by hand, and the update on it, as step 1 of 99 -> (model, groups)."""
     model, ref_model, tokenizer = tiny_model(vocab_size=400), tiny_model(vocab_size=400, seed=1), byte_bpe()
-    groups = sample(model, [[5, 6, 7], [8, 9]], G=c.group, max_new_tokens=c.max_new_tokens, seed=seed,
+    groups = sample(model, [[5, 6, 7], [8, 9]], G=c.group, max_new_tokens=c.max_new_tokens,
                     tokenizer=tokenizer)
     optimizer = torch.optim.SGD(model.parameters(), c.lr)
-    if watched:
-        block = keeping_groups(folder, step, 1, total, groups=groups, model=model, ref_model=ref_model,
-                               tokenizer=tokenizer, config=c, grpo=grpo)
-    else:
-        block = keeping_groups(folder, 2, 1, 1_000_000, groups=groups, model=model, ref_model=ref_model,
-                               tokenizer=tokenizer, config=c, grpo=grpo)
-    with block:
+    stage = SimpleNamespace(number=1, end=99)
+    log = SimpleNamespace(folder=folder, config=c, total=99, stages=[stage], keeping=lambda *_: nullcontext())
+    with keeping_groups(log, step, groups, model=model, ref_model=ref_model, tokenizer=tokenizer, grpo=grpo):
         for i, group in enumerate(groups):
-            group.rewards = rewards or [float(j + i) for j in range(c.group)]
-            group.parts = {"length": group.rewards}
+            group.rewards = [float(j + i) for j in range(c.group)]
+            group.parts, group.weights = {"length": group.rewards}, {"length": weight}
         grpo.update(model, ref_model, groups, optimizer, c)
     return model, groups
 
@@ -71,7 +69,7 @@ def test_watching_a_step_changes_no_bit_of_it(tmp_path):
     watched, _ = one_step(tmp_path, config())
     state = torch.get_rng_state()
     torch.manual_seed(0)
-    alone, _ = one_step(tmp_path, config(), watched=False)
+    alone, _ = one_step(tmp_path, config(), step=2)  # which is not kept
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), alone.parameters()))
     assert len(read_lines(tmp_path / "groups.jsonl")) == 1
@@ -107,6 +105,18 @@ def test_before_the_update_the_losses_differ_in_their_divisors_only(tmp_path):
                              ("dr_grpo", one["advantage"] * mean / 12), ("grpo", one["advantage"] * mean / one["all"]),
                              ("gspo", one["advantage"] * mean / one["all"])):
             assert one["weights"][name][0] == pytest.approx([weight] * one["all"], rel=6e-3), name
+
+
+def test_the_advantages_are_those_of_the_update(tmp_path):
+    """gdpo reads the parts: with a weight of -1 the best reward is the worst."""
+    _, groups = one_step(tmp_path, config(advantage="gdpo"), weight=-1.0)
+    parts = torch.tensor([[[-value] for value in group.rewards] for group in groups])  # [B, G, 1]
+    A = grpo.advantages(parts, "gdpo")  # [B, G]
+    row, = read_lines(tmp_path / "groups.jsonl")
+    for group, a in zip(row["groups"], A):
+        for one in group["completions"]:
+            assert one["advantage"] == pytest.approx(a[one["number"] - 1].item(), abs=1e-3)
+            assert (one["advantage"] > 0) == (one["number"] <= 2)
 
 
 def test_after_the_update_two_losses_disagree_on_a_weight_being_zero(tmp_path):
