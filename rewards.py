@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from judge import paid
 from metrics import bleu, copy_rate, meteor, own_shares, repetition, rouge_l, well_formed
 from plumbing.expression import read_sum
 from plumbing.own_reward import Refused, asked, numbers
@@ -80,6 +81,7 @@ REWARDS: dict[str, Callable[[Summary], float]] = {
 GROUP_REWARDS: dict[str, Callable[[Sequence[Summary]], list[float]]] = {
     "distinct": lambda group: own_shares([s.text for s in group]),
     "embedding": lambda group: similarities([(s.text, s.reference) for s in group]),
+    "judge": lambda group: paid([(s.document, s.text) for s in group]),  # a judge is a reward that gets hacked
 }
 NEED_REFERENCE = {"rouge_l", "bleu", "char_bleu", "meteor", "embedding"}  # these compare with the post's own summary
 NEED_MODEL = {"squish", "cost"}  # these are measured by a language model, see squish.py

@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 STORY = {  # file: what it may import besides plumbing, at the top or anywhere inside
     "grpo": {"model"}, "rollout": {"model"}, "squish": {"model"}, "lora": {"model"}, "model": set(), "metrics": set(),
-    "rewards": {"metrics"}, "config": {"grpo", "rewards", "squish"},
+    "judge": set(), "rewards": {"metrics", "judge"}, "config": {"grpo", "rewards", "squish"},
     "task": {"config", "rollout", "rewards", "metrics", "squish", "model"},
-    "eval": {"task", "config", "rollout", "rewards", "metrics", "model", "squish"},
+    "eval": {"task", "config", "rollout", "rewards", "metrics", "model", "squish", "judge"},
     "train": {"grpo", "task", "config", "rollout", "rewards", "metrics", "squish", "model", "lora", "eval"},
 }
 PACKAGES = {"torch", "numpy", "tokenizers", "safetensors"}  # all that the story needs of other people's
