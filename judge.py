@@ -293,6 +293,15 @@ def summed_up(rows: Sequence[dict], on_target: Sequence[bool]) -> dict:
             "how": dict(Counter(how for row in rows for how in row["judge"]["how"]))}
 
 
+def judge_rows(judge: Judge, rows: Sequence[dict], documents: Sequence[str], on_target: Sequence[bool]) -> dict:
+    """Write the scores into rows of summaries -> what they come to, by whom they are, and what was asked for them."""
+    scores = judged(judge, [(document, row["summary"]) for row, document in zip(rows, documents)])
+    for row, found in zip(rows, scores):
+        row |= {f"judge/{name}": found[name] for name in (*CRITERIA, "composite", "pass")}
+        row |= {"judge": found["judge"], "mass": found["mass"]}
+    return {**summed_up(scores, on_target), "name": judge.name, "prompts": VERSION, "used": judge.cost()}
+
+
 def duels(judge: Judge, triples: Sequence[tuple[str, str, str]]) -> list[dict]:
     """(document, a, b) -> {"wins": 1 a, 0 b, 0.5 where the swap turns the verdict; "turned"}; None without a verdict.
 
