@@ -3,9 +3,14 @@
 The oracle is a server on this machine whose answers, and whose probabilities, are made up here.
 """
 
+import contextlib
 import doctest
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +24,7 @@ import rewards
 from judge import CRITERIA, VERSION, Judge, duels, fenced, judged, read_ending, summed_up
 from plumbing import server as server_module
 from plumbing.server import connect
+from tests.helpers import byte_bpe
 
 PAIRS = [("A cat sat on a mat.", "A cat sat."), ("Tom won a race in Leeds.", "Tom won.")]
 KEY = "sk-of-nobody"
@@ -399,6 +405,73 @@ def test_questions_go_out_together(server):
     server.answer = lambda body, n: time.sleep(0.05) or good(body, n)
     ask(server, jobs=4)
     assert 1 < server.most <= 4
+
+
+# --- a real engine ----------------------------------------------------------------------------------------------------
+
+
+def write_scorer(folder: Path) -> list[float]:
+    """A model that says "Score: d" whatever it is asked -> the probabilities of its five digits, which sum to 0.95.
+
+    The next token depends on the last one alone: embeddings are unit vectors, the layer adds nothing, and the head
+    holds the table. So the mean that a judge makes of it is known.
+    """
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    tokenizer = byte_bpe()
+    eos, p = tokenizer.token_to_id("<|im_end|>"), [0.05, 0.1, 0.2, 0.4, 0.2]
+    score = [tokenizer.encode(letter).ids[0] for letter in "\nScore:"]
+    digits, x = [tokenizer.encode(str(d)).ids[0] for d in range(1, 6)], tokenizer.encode("x").ids[0]
+    V = tokenizer.get_vocab_size()
+    table = {a: {b: 1.0} for a, b in zip(score, score[1:])} | {d: {eos: 1.0} for d in digits}
+    table[score[-1]] = {**dict(zip(digits, p)), x: 0.05}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=V, hidden_size=V, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, max_position_embeddings=8192, tie_word_embeddings=False, rms_norm_eps=1e-9,
+        bos_token_id=None, eos_token_id=eos))
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            weights.fill_(float("norm" in name))
+        model.model.embed_tokens.weight.copy_(torch.eye(V))
+        for a, following in table.items():
+            for b, share in following.items():
+                model.lm_head.weight[b, a] = (math.log(share) + 30) / V ** 0.5  # the norm makes sqrt(V) of 1
+    model.save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>",
+        chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}{{ '\\n' }}").save_pretrained(folder)
+    return p
+
+
+def test_mlx_lm_server_as_a_judge(tmp_path, monkeypatch):
+    """The protocol with a real engine, both ways: by probabilities, and by answers at temperature 1."""
+    pytest.importorskip("mlx_lm", reason="needs mlx-lm: pip install mlx-lm (on Linux with mlx[cpu])")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    p = write_scorer(tmp_path / "scorer")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    engine = subprocess.Popen([sys.executable, "-m", "mlx_lm", "server", "--model", str(tmp_path / "scorer"), "--host",
+                               "127.0.0.1", "--port", str(port)], env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            assert engine.poll() is None
+            time.sleep(0.1)
+        judge = Judge(f"http://127.0.0.1:{port}/v1#default_model", replies=40, jobs=2, max_tokens=16)
+        row, = judged(judge, PAIRS[:1])
+        mean = (sum(d * each for d, each in enumerate(p, 1)) / 0.95 - 1) / 4
+        assert [row[name] for name in CRITERIA] == pytest.approx([mean] * 4, abs=1e-5)
+        assert row["mass"] == pytest.approx(0.95, abs=1e-5) and judge.cost()["answers"] == 4
+        judge.tells = False
+        sampled = judge.score("clarity", *PAIRS[0])
+        assert sampled["score"] == pytest.approx(mean, abs=4 * 0.27 / 40 ** 0.5)  # 0.27: the spread of one answer
+    finally:
+        engine.kill()
+        engine.wait()
 
 
 # --- the reward -------------------------------------------------------------------------------------------------------
