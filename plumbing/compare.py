@@ -146,7 +146,9 @@ def duels(found: dict, duel: Callable[[list[tuple[str, str, str]]], list[dict]])
 
 
 def draw(names: Sequence[str], path: Path) -> bool:
-    """The runs' curves over one another: lines are means over nine steps, dots evaluations. False: there are none."""
+    """The runs' curves over one another. Lines are means over nine steps of a stage, dots are evaluations.
+
+    False: there are none."""
     rows, evals = ({name: read_lines(Path(name) / f"{kind}.jsonl") for name in names} for kind in ("metrics", "eval"))
     logged = list(dict.fromkeys(key for mine in rows.values() for row in mine for key in row))
     parts = [(key, key.removeprefix("reward/")) for key in logged if key.startswith("reward/")]
@@ -156,11 +158,14 @@ def draw(names: Sequence[str], path: Path) -> bool:
     figure, axes = new_figure(-(-len(panels) // 3))
     for ax, (key, title) in zip(axes.flat, panels):
         for i, name in enumerate(names):
-            points = [(row["step"], row[key]) for row in rows[name] if row.get(key) is not None]
-            if points:
-                x, y = zip(*points)
+            for stage in dict.fromkeys(row["stage"] for row in rows[name]):  # a stage's reward is another sum
+                points = [(row["step"], row[key]) for row in rows[name]
+                          if row.get(key) is not None and row["stage"] == stage]
+                x, y = zip(*points) if points else ((), ())
                 k = min(9, len(y))
-                ax.plot(x[k - 1:], np.convolve(y, np.ones(k) / k, "valid"), color=f"C{i}", lw=1.5, label=name)
+                if k:
+                    ax.plot(x[k - 1:], np.convolve(y, np.ones(k) / k, "valid"), color=f"C{i}", lw=1.5,
+                            label=name if stage == rows[name][0]["stage"] else None)
             some = [(row["step"], row[key]) for row in evals[name] if row.get(key) is not None]
             if some:
                 ax.plot(*zip(*some), "o", color=f"C{i}", ms=4)

@@ -60,9 +60,10 @@ OF_ALL = (("length, spread", "length_std", "{:.1f}"), ("distinct word pairs", "d
 
 
 def figures_of(rows: Sequence[dict]) -> tuple:
-    """FIGURES, and those of these rows' own: parts of the reward, and SQUISH@BUDGET."""
+    """FIGURES, and those of these rows' own: parts of the reward that are no metric anyway, and SQUISH@BUDGET."""
+    known = {what for _, what, _ in FIGURES}
     own = [(key, key, "{:.3f}") for key in dict.fromkeys(key for row in rows for key in row)
-           if key.startswith(("reward/", "SQUISH@"))]
+           if key.startswith(("reward/", "SQUISH@")) and key.removeprefix("reward/") not in known - {"length"}]
     return (FIGURES[0], *own, *FIGURES[1:])
 
 

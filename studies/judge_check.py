@@ -5,10 +5,10 @@
     python -m studies.judge_check --summaries ... --n 40 --ratings ratings.csv --judge "http://localhost:11434/v1#qwen3:8b"
 
 Without --ratings it writes a sheet: one HTML file that needs no network. It shows a post and two summaries of it, which
-is whose stands nowhere in it, and it saves a CSV. What is drawn, and what stands left, depends on the seed and the
+is whose stands nowhere in it, and it saves a CSV. What is drawn, and which is A, depends on the seed and the
 summaries alone; so the second command finds the same pairs, and nothing else has to be kept.
 
-With --ratings it says how well the person's preference (from -2, the left one is much better, to 2) agrees with the
+With --ratings it says how well the person's preference (from -2, A is far better, to 2, B is) agrees with the
 difference of the judge's scores, and of each metric: Spearman's rank correlation, with a 95% bootstrap interval over
 pairs. Where two people have rated, it says how well they agree with each other: nobody can expect more of a judge.
 With --repeat R the judge is asked R times anew, and its own spread from time to time is said.
@@ -30,7 +30,7 @@ from plumbing.significance import interval, rank_correlation
 from plumbing.tables import in_columns, in_markdown
 
 METRICS = ("rouge_l", "meteor", "bleu", "invented", "copy_rate", "length")
-ANSWERS = {-2: "left, much", -1: "left, a little", 0: "the same", 1: "right, a little", 2: "right, much"}
+ANSWERS = {-2: "A, by far", -1: "A, a little", 0: "the same", 1: "B, a little", 2: "B, by far"}
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -132,8 +132,9 @@ def page(pairs: list[dict]) -> str:
                                                                pair["right"]["summary"])]
         buttons = "".join(f'<label><input type="radio" name="{i}" value="{value}"> {answer}</label>'
                           for value, answer in ANSWERS.items())
-        parts.append(f'<section><h2>{i}</h2><p class="post">{texts[0]}</p><div class="two"><p>{texts[1]}</p>'
-                     f'<p>{texts[2]}</p></div><fieldset><legend>Better is</legend>{buttons}</fieldset></section>')
+        parts.append(f'<section><h2>{i}</h2><p class="post">{texts[0]}</p><div class="two"><p><b>A</b> {texts[1]}</p>'
+                     f'<p><b>B</b> {texts[2]}</p></div><fieldset><legend>Better is</legend>{buttons}</fieldset>'
+                     f'</section>')
     names = json.dumps([str(i) for i in range(1, len(pairs) + 1)])
     # The texts come last: one that spells a place of the page is not filled in.
     return PAGE.replace("SHEET", sheet_of(pairs)).replace("NAMES", names).replace("PAIRS", "\n".join(parts))
@@ -203,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--summaries", nargs="+", required=True, metavar="FILE",
                         help="what eval.py wrote of two models or more")
     parser.add_argument("--n", type=int, default=40, help="pairs on the sheet")
-    parser.add_argument("--seed", type=int, default=0, help="decides which pairs, and what stands left")
+    parser.add_argument("--seed", type=int, default=0, help="decides which pairs, and which of two is A")
     parser.add_argument("--ratings", nargs="*", default=[], metavar="CSV", help="what the sheet saved, one a person")
     parser.add_argument("--judge", default="", help="URL#MODEL (OPENAI_API_KEY is its key)")
     parser.add_argument("--repeat", type=int, default=1, help="ask the judge so many times anew, and say how it varies")
