@@ -34,7 +34,7 @@ from plumbing.memory import Full, in_batches
 from plumbing.posts import TINY, Post, has_splits, load_posts, load_split, posts_that_fit, say_differences
 from plumbing.power import Meter
 from plumbing.progress import bar
-from plumbing.tables import near, order
+from plumbing.results import near, order
 from rewards import NEED_MODEL, NEED_REFERENCE
 from rollout import Group, sample
 from squish import ensemble, fits, shorten, size

@@ -8,8 +8,8 @@ import numpy as np
 from plumbing.curves import PANELS, new_figure
 from plumbing.folder import write_text
 from plumbing.log import read_lines
+from plumbing.results import by_post, figures_of, in_columns, in_markdown, order, write_picture
 from plumbing.significance import holm, interval, sign_flip
-from plumbing.tables import by_post, figures_of, in_columns, in_markdown, order, write_picture
 
 NO_SETTINGS = {"run", "made_of"}  # of config.json: two runs differ in these by being two
 

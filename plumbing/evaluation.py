@@ -6,7 +6,7 @@ from pathlib import Path
 
 from plumbing.folder import read_json, write_text
 from plumbing.posts import TINY
-from plumbing.tables import figures, file_name, histogram, order, table, write_rows
+from plumbing.results import figures, file_name, histogram, order, table, write_rows
 
 
 def prices(text: str) -> tuple[float, float]:

@@ -26,8 +26,8 @@ import numpy as np
 
 from judge import CRITERIA, VERSION, Judge, judged
 from plumbing.folder import write_text
+from plumbing.results import in_columns, in_markdown
 from plumbing.significance import interval, rank_correlation
-from plumbing.tables import in_columns, in_markdown
 
 METRICS = ("rouge_l", "meteor", "bleu", "invented", "copy_rate", "length")
 ANSWERS = {-2: "A, by far", -1: "A, a little", 0: "the same", 1: "B, a little", 2: "B, by far"}

@@ -19,9 +19,9 @@ import train
 from config import Config
 from metrics import distinct
 from model import load
-from plumbing import compare, power, tables
+from plumbing import compare, power, results
 from plumbing.posts import TINY, Post, load_posts
-from plumbing.tables import by_post, figures, histogram, near, order
+from plumbing.results import by_post, figures, histogram, near, order
 from squish import squish
 from tests.helpers import edit_json
 
@@ -62,8 +62,8 @@ def refused(capsys, *args) -> str:
 
 
 def test_worked_examples_in_the_docstrings_hold():
-    results = doctest.testmod(tables)
-    assert results.attempted >= 1 and results.failed == 0
+    found = doctest.testmod(results)
+    assert found.attempted >= 1 and found.failed == 0
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_two_runs_are_compared(runs, capsys):
     settings = text[text.index("## Settings"):text.index("## Paired")]
     assert "| stages | rouge_l+length:3 | length:1 rouge_l + length:2 |" in settings and "| seed | 0 | 1 |" in settings
     assert "| run |" not in settings and "| target |" not in settings
-    mine, others = (lines(f"runs/eval/{tables.file_name(name)}.jsonl") for name in (a, b))
+    mine, others = (lines(f"runs/eval/{results.file_name(name)}.jsonl") for name in (a, b))
     difference = np.mean([y["rouge_l"] - x["rouge_l"] for x, y in zip(mine, others)])
     line = next(line for line in text.splitlines() if line.startswith("| ROUGE-L |"))
     assert f"| {difference:+.3f} (" in line and line.endswith("| 6 |")
