@@ -1,13 +1,14 @@
-"""What a model is worth: greedy summaries of held-out posts, and what can be counted about them.
+"""What a model is worth: summaries of held-out posts, and what can be counted about them.
 
-    python eval.py tiny runs/tiny-1            # any mix of model folders and runs, one row each
+    python eval.py tiny runs/tiny-1                        # any mix of model folders and runs
+    python eval.py compare runs/tiny-1 runs/tiny-2         # are two runs different? docs/evaluation.md
 
 The training loop calls `evaluate` before, between and after its stages, on validation posts; this command takes the
 test posts, or those that the run held out where there are no others. It reads a run's posts as the run read them:
 fields, shortest and longest posts, where documents are cut. So --split val, or a run on one file, gives the run's last
 line again. Greedy means the likeliest token at each step. There is no chance in it, so two models can be compared on
-few posts; but it is not what GRPO trains, which is the mean over what the policy samples. Greedy summaries are usually
-the better ones.
+few posts; but it is not what GRPO trains, which is the mean over what the policy samples (--samples K). Greedy
+summaries are usually the better ones.
 
 Look first at the run's own reward and its parts: what training bought. Then at the metrics that it was not paid by: the
 price. Then read summaries (--show 5): numbers do not say what changed.
@@ -17,20 +18,26 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean, pstdev
 
-from config import Config, parse_stages, reading, reward_names
+from config import Config, parse_budgets, parse_stages, reading, reward_names
+from judge import Judge, duels, judge_rows
 from metrics import bleu, copy_rate, count_names, distinct, meteor, repetition, rouge_l, templated, twice
 from model import load
-from plumbing.folder import read_json, with_words
+from plumbing.compare import refuse_unlike, say_comparison
+from plumbing.evaluation import OWN, find_model, read_flags, say_figures, say_head, say_row
+from plumbing.folder import find_folder, read_tokenizer, with_words
 from plumbing.hub import VALIDATION
 from plumbing.memory import Full, in_batches
 from plumbing.posts import TINY, Post, has_splits, load_posts, load_split, posts_that_fit, say_differences
+from plumbing.power import Meter
+from plumbing.progress import bar
+from plumbing.results import near, order
 from rewards import NEED_MODEL, NEED_REFERENCE
 from rollout import Group, sample
-from squish import fits, shorten, size
+from squish import ensemble, fits, shorten, size
 from task import (
     CLOSE,
     budgets_of,
@@ -46,18 +53,6 @@ from task import (
 
 # --- your experiment starts here: a metric compares a summary with its reference, higher meaning better ---
 METRICS = {"rouge_l": rouge_l, "meteor": meteor, "bleu": bleu}
-# The command's table: key of the result, title, width, format.
-COLUMNS = (("n", "n", 5, "{}"), ("length", "length", 6, "{:.1f}"), ("length_std", "±", 5, "{:.1f}"),
-           ("within_2", "±2", 6, "{:.1%}"), ("within_10pct", "±10%", 6, "{:.1%}"), ("rouge_l", "ROUGE-L", 8, "{:.3f}"),
-           ("meteor", "METEOR", 7, "{:.3f}"), ("bleu", "BLEU", 6, "{:.3f}"), ("distinct", "distinct", 8, "{:.3f}"),
-           ("copy_rate", "copied", 7, "{:.1%}"), ("invented", "invented", 8, "{:.1%}"), ("names", "names", 5, "{:.1f}"),
-           ("stopped", "stopped", 8, "{:.1%}"), ("over", "over", 6, "{:.1%}"),
-           ("missing", "missing", 7, "{:.1%}"), ("reward", "reward", 7, "{:.3f}"))
-# Settings of a run that the command may say anew: {field of Config: what its flag means}.
-OWN = {"max_new_tokens": "where a summary is cut; 0: twice the target", "template": "prompt template",
-       "document_field": "field that holds the text", "summary_field": "field that holds the summary",
-       "min_chars": "leave out posts of fewer characters; from 1 on also rows without a text",
-       "max_document": "cut documents to this many tokens", "max_prompt": "leave out posts of longer prompts"}
 
 
 def fit_posts(model, tokenizer, splits: Sequence[Sequence[Post]], config) -> list[tuple[list[Post], list[list[int]]]]:
@@ -82,32 +77,38 @@ def fit_posts(model, tokenizer, splits: Sequence[Sequence[Post]], config) -> lis
 
 
 def complete(model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int, stop_text: str = "",
-             batch: int = 64, temperature: float = 0.0, seed: int = 0, act: Callable | None = None) -> list[Group]:
-    """One completion of each prompt, in the prompts' order; greedy unless there is a temperature.
+             batch: int = 64, temperature: float = 0.0, seed: int = 0, G: int = 1,
+             act: Callable | None = None) -> list[Group]:
+    """G completions of each prompt, in the prompts' order; greedy unless there is a temperature.
 
-    `batch` prompts go through the model together, those of like length, so that little is padded; fewer where memory
-    does not suffice. It changes no result.
+    `batch` completions go through the model together, those of prompts of like length, so that little is padded; fewer
+    where memory does not suffice. It changes no result.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
 
     def complete_some(some: Sequence[int]) -> list[Group]:
-        return (act or sample)(model, [prompts[i] for i in some], G=1, max_new_tokens=max_new_tokens,
-                               temperature=temperature, seed=seed, tokenizer=tokenizer, stop_text=stop_text)
+        groups = (act or sample)(model, [prompts[i] for i in some], G=G, max_new_tokens=max_new_tokens,
+                                 temperature=temperature, seed=seed, tokenizer=tokenizer, stop_text=stop_text)
+        step(len(some))
+        return groups
 
-    groups = dict(zip(order, in_batches(order, batch, complete_some)))
+    with bar("summaries of posts", len(prompts)) as step:
+        groups = dict(zip(order, in_batches(order, max(1, batch // G), complete_some)))
     return [groups[i] for i in range(len(prompts))]
 
 
 def evaluate(model, tokenizer, posts: Sequence[Post], config, scorers: Sequence = (), batch: int = 64,
-             act: Callable | None = None) -> dict:
-    """Greedy summaries of all posts -> what docs/read-your-run.md explains, and the summaries themselves.
+             samples: int = 0, seed: int = 0, act: Callable | None = None) -> dict:
+    """Summaries of all posts -> what docs/read-your-run.md explains, and the summaries themselves.
+
+    Greedy ones, or `samples` of each post, drawn at the run's temperature.
 
     The same tasks, the same reading of the answers and the same rewards as in training: `reward` and `reward/NAME` are
     those of the run's last stage, at every evaluation, so that before and after mean the same. Beside them stand all
     metrics. Where the template has a budget, each number is the mean over --budgets, and NAME@BUDGET that of one.
     `scorers`: the (model, tokenizer) pairs that measure the rewards in NEED_MODEL. `act`: another backend's `sample`.
-    "summaries": a row for each post (and budget), with id, summary, length and what it scored. An empty summary counts
-    like any other.
+    "summaries": a row for each summary, budget by budget and post by post, with id, length and what it scored. An empty
+    summary counts like any other.
     """
     stages = parse_stages(config.stages)
     config = replace(config, template=config.template or choose_template(model, tokenizer, reward_names(stages)))
@@ -115,15 +116,19 @@ def evaluate(model, tokenizer, posts: Sequence[Post], config, scorers: Sequence 
     config.max_new_tokens = completion_limit(tokenizer, posts, config)
     results, rows = {}, []
     for budget in budgets_of(config):
-        # A group of one for each post. What compares the members of a group (`distinct`, the worst total, the penalty)
-        # has nobody to compare with: such parts of a reward mean something else here than in training.
+        # Greedy: a group of one for each post. What compares the members of a group (`distinct`, the worst total, the
+        # penalty) has nobody to compare with: such parts of a reward mean something else here than in training.
         tasks = [make_task(tokenizer, post, config, budget) for post in posts]
         groups = complete(model, tokenizer, [task.prompt for task in tasks], config.max_new_tokens,
-                          CLOSE if has_tag(config.template) else "", batch, act=act)
+                          CLOSE if has_tag(config.template) else "", batch,
+                          config.temperature if samples else 0.0, seed, samples or 1, act)
         means = score(groups, tasks, stages[-1].reward, config, tokenizer, scorers)
-        means.pop("reward_std")  # of groups of one
-        means["stopped"] = fmean(bool(group.stopped[0]) for group in groups)
-        found = [row_of(group, task, config, tokenizer) for group, task in zip(groups, tasks)]
+        if not samples:
+            means.pop("reward_std")  # of groups of one
+        means["stopped"] = fmean(float(stopped) for group in groups for stopped in group.stopped)
+        found = []
+        for group, task in zip(groups, tasks):
+            found += [row_of(group, task, config, tokenizer, g) for g in range(samples or 1)]
         results[budget] = means | summarise(found, posts)
         rows += found
     # Without budgets there is one set of numbers. With them, the plain name is the mean over all, and each budget's own
@@ -136,16 +141,18 @@ def evaluate(model, tokenizer, posts: Sequence[Post], config, scorers: Sequence 
     return result | {"summaries": rows}
 
 
-def row_of(group: Group, task, config, tokenizer) -> dict:
-    """What is kept of one greedy summary; `group` has been scored.
+def row_of(group: Group, task, config, tokenizer, g: int = 0) -> dict:
+    """What is kept of one summary, the g-th of a group that has been scored.
 
     The metrics are computed whatever the reward was: a run that is paid by one of them is judged by the others.
     """
-    summary = read_answer(group.texts[0], config.template) or ""
+    summary = read_answer(group.texts[g], config.template) or ""
     said, false = count_names(summary, task.post.document)
-    row = {"id": task.post.id, "summary": summary, "length": content_lengths(group)[0], "reward": group.rewards[0],
-           **{f"reward/{name}": values[0] for name, values in group.parts.items()}, "names": said,
-           "invented": false / max(1, said)}
+    row = {"id": task.post.id, "summary": summary, "length": content_lengths(group)[g], "target": task.target,
+           "stopped": bool(group.stopped[g]), "reward": group.rewards[g],
+           **{f"reward/{name}": values[g] for name, values in group.parts.items()}, "names": said,
+           "invented": false / max(1, said), "copy_rate": copy_rate(summary, task.post.document),
+           "repetition": repetition(summary), "twice": twice(summary)}
     if task.budget is not None:
         used = size(tokenizer, summary, config.budget_unit) / max(1, task.target)
         kept = fits(tokenizer, task.post.document, summary, task.budget, config.budget_unit)
@@ -158,36 +165,23 @@ def row_of(group: Group, task, config, tokenizer) -> dict:
 
 
 def summarise(rows: Sequence[dict], posts: Sequence[Post]) -> dict[str, float]:
-    """Means over one summary of each post: the metrics, and what shows stock phrases, stammering and copying.
+    """Means over the summaries of all posts: the metrics, and what shows stock phrases, stammering and copying.
 
     Posts without a reference of their own count in all but rouge_l, meteor and bleu. `names` stands beside `invented`,
     because who names nobody invents nothing.
     """
-    texts = [row["summary"] for row in rows]
+    texts, each = [row["summary"] for row in rows], len(rows) // len(posts)
     compared = [row for row in rows if "rouge_l" in row]  # posts that have a reference
     means = {name: fmean(row[name] for row in compared) for name in METRICS if compared}
     return {**means, "length_std": pstdev(row["length"] for row in rows),
-            "distinct": distinct(texts), "templated": templated([[text] for text in texts]),
-            "repetition": fmean(map(repetition, texts)), "twice": fmean(map(twice, texts)),
-            **{name: fmean(row[name] for row in rows) for name in ("names", "invented")},
-            "nothing_invented": fmean(row["invented"] == 0 for row in rows),
-            "copy_rate": fmean(copy_rate(text, post.document) for text, post in zip(texts, posts))}
+            "distinct": distinct(texts),
+            "templated": templated([texts[at:at + each] for at in range(0, len(texts), each)]),
+            **{name: fmean(row[name] for row in rows)
+               for name in ("repetition", "twice", "copy_rate", "names", "invented")},
+            "nothing_invented": fmean(row["invented"] == 0 for row in rows)}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
-
-
-def find_model(name: str) -> tuple[str | Path, dict]:
-    """A run's folder -> (its model folder, its config); anything else -> (itself, {})."""
-    path = Path(name)
-    if name == "tiny":
-        return TINY, {}
-    if not (path / "metrics.jsonl").exists():
-        return name, {}
-    if not (path / "model").is_dir():
-        raise FileNotFoundError(f"{path} has no model yet: the run was not finished. Continue it with "
-                                f"python train.py --run {path.name} --resume.")
-    return path / "model", read_json(path / "config.json")
 
 
 def config_of(run: dict, args: argparse.Namespace) -> Config:
@@ -227,46 +221,79 @@ def posts_of(config: Config, args: argparse.Namespace) -> tuple[list[Post], int 
     return load_split(config.data, config.eval_data, split=config.split, **how)[1], args.n or config.eval_posts
 
 
-def scorers_of(config: Config) -> list:
+def scorers_of(config: Config, asked: bool = False) -> list:
     """The models that measure squish and cost: those of --references, or the one that the run began with.
 
     They are loaded anew, for the run's own model has moved; under LoRA its base has not, but a merged folder hides it.
     """
-    if NEED_MODEL.isdisjoint(reward_names(parse_stages(config.stages))):
+    if NEED_MODEL.isdisjoint(reward_names(parse_stages(config.stages))) and not asked:
         return []
     names = [name for name in (config.references or config.model).split(",") if name]
     return [with_words(name, *load(TINY if name == "tiny" else name)) for name in names]
 
 
 def read_command(argv: list[str] | None) -> argparse.Namespace:
-    """The command's flags. None: as the run had it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument("models", nargs="+", metavar="RUN_OR_MODEL", help="a run, a model folder, or 'tiny'")
-    parser.add_argument("--data", help="posts: tiny, a folder, a file or a hub data set (default: the run's own, "
-                                       "or tiny)")
-    parser.add_argument("--split", help="which split of a folder or hub data set (default: test, or what the run held "
-                                        "out where there is none)")
-    parser.add_argument("--target", type=int, help="wanted length in tokens (default: the run's own, or 30)")
-    for name, what in OWN.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=type(getattr(Config, name)),
-                            help=f"{what} (default: the run's own)")
-    parser.add_argument("--n", type=int, help="only the first N posts")
-    parser.add_argument("--show", type=int, default=0, help="print this many summaries of each model")
-    args = parser.parse_args(argv)
-    if args.n is not None and args.n < 1 or args.target is not None and args.target < 1:
-        parser.error("--n and --target must be at least 1")
-    if any(isinstance(value, int) and value < 0 for value in vars(args).values()):
-        parser.error("no number can be negative")
-    return args
+    """The command's flags. None: as the run had it. A folder that is called compare is ./compare."""
+    return read_flags(argv, __doc__, {name: type(getattr(Config, name)) for name in OWN})
 
 
-def say_row(name: str, r: dict, posts: Sequence[Post], n_shown: int) -> None:
-    """A row of the table, and the first summaries."""
-    cells = [form.format(r[key]) if key in r else "-" for key, _, _, form in COLUMNS]
-    print(f"{name:32}" + "".join(f"{cell:>{w + 1}}" for cell, (_, _, w, _) in zip(cells, COLUMNS)), flush=True)
-    for row, post in zip(r["summaries"][:n_shown], posts):
-        print(f"    {row['id']}: {row['summary']!r} ({row['length']} tokens)\n    for {post.reference!r}")
+@dataclass
+class Measured:
+    """A model that was evaluated: its greedy result and, with --samples, that of what it samples."""
+
+    config: Config
+    posts: list[Post]
+    results: dict[str, dict]  # {"": greedy, ", sampled x K": ...}
+
+
+def measure(name: str, args: argparse.Namespace, judge: Judge | None) -> Measured:
+    """One model, evaluated as the command asks for it."""
+    folder, run = find_model(name)
+    config = config_of(run, args)
+    model, tokenizer = with_words(folder, *load(folder))  # in float32, whatever the folder holds
+    names = reward_names(parse_stages(config.stages))
+    config.template = config.template or choose_template(model, tokenizer, names)
+    # Documents are cut and posts left out as in the run: else it would be measured on texts it never saw.
+    posts, limit = posts_of(config, args)
+    (posts, _), = fit_posts(model, tokenizer, [posts], config)
+    if not (posts := posts[:limit]):
+        raise ValueError(f"No post of {args.data or config.data} has a prompt of at most {config.max_prompt} "
+                         f"tokens: raise --max-prompt.")
+    scorers, results = scorers_of(config, bool(args.squish)), {}
+    # Greedy first. Then, where it was asked for, what the policy samples: the thing that GRPO has made better, and the
+    # one in which a policy that has become sure of itself differs from one that has not.
+    for samples in dict.fromkeys((0, args.samples)):
+        with Meter() as meter:
+            r = evaluate(model, tokenizer, posts, config, scorers, samples=samples, seed=args.seed)
+        n = len(r["summaries"])
+        r = {**r, "per_second": n / meter.seconds, "per_watt_hour": meter.watt_hours and n / meter.watt_hours}
+        measure_more(r, posts, config, args, scorers, judge)
+        results[f", {samples} sampled" if samples else ""] = r
+    return Measured(config, posts, results)
+
+
+def measure_more(r: dict, posts: Sequence[Post], config: Config, args: argparse.Namespace, scorers: Sequence,
+                 judge: Judge | None) -> None:
+    """What the command was asked for beside: SQUISH@BUDGET and a judge's scores go into the rows of summaries."""
+    rows, at = r["summaries"], order(r["summaries"], len(posts))
+    for budget in parse_budgets(args.squish) if args.squish else ():
+        with bar(f"SQUISH@{budget}", len(posts)) as step:
+            for i, post in enumerate(posts):
+                mine = [row for row, of in zip(rows, at) if of == i]
+                texts = [row["summary"] or None for row in mine]
+                for row, value in zip(mine, ensemble(scorers, post.document, texts, budget, config.budget_unit)):
+                    row[f"SQUISH@{budget}"] = value
+                step()
+    if judge:
+        r["judge"] = judge_rows(judge, rows, [posts[i].document for i in at], [near(row, 0.1) for row in rows])
+
+
+def material(name: str, args: argparse.Namespace) -> tuple[list[Post], str]:
+    """The posts and the tokenizer of a model that is to be compared, read before anybody waits for an evaluation."""
+    folder, run = find_model(name)
+    posts, limit = posts_of(config_of(run, args), args)
+    tokenizer = read_tokenizer(find_folder(folder))
+    return posts[:limit], tokenizer.to_str() if tokenizer else ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -274,27 +301,28 @@ def main(argv: list[str] | None = None) -> int:
     # A console that cannot show "±" or an emoji should not end the command, not even --help.
     sys.stdout.reconfigure(errors="replace")
     args = read_command(argv)
-    print(f"{'model':32}" + "".join(f"{title:>{width + 1}}" for _, title, width, _ in COLUMNS))
-    measured, comparing = {}, False
+    tasks, found, comparing = {}, {}, False
     try:
+        judge = Judge(args.judge, args.judge_replies, args.jobs, args.judge_tokens, args.judge_seconds, args.cache,
+                      args.judge_prices) if args.judge else None
+        if args.comparing:  # what cannot be compared is refused before anybody waits
+            refuse_unlike({name: material(name, args) for name in args.models})
+        say_head()
         for name in args.models:
-            folder, run = find_model(name)
-            config = config_of(run, args)
-            model, tokenizer = with_words(folder, *load(folder))  # in float32, whatever the folder holds
-            names = reward_names(parse_stages(config.stages))
-            config.template = config.template or choose_template(model, tokenizer, names)
-            # Documents are cut and posts left out as in the run: else it would be measured on texts it never saw.
-            posts, limit = posts_of(config, args)
-            (posts, _), = fit_posts(model, tokenizer, [posts], config)
-            if not (posts := posts[:limit]):
-                raise ValueError(f"No post of {args.data or config.data} has a prompt of at most {config.max_prompt} "
-                                 f"tokens: raise --max-prompt.")
-            r = evaluate(model, tokenizer, posts, config, scorers_of(config))
-            say_row(name, r, posts, args.show)
-            task = f"{args.data or config.eval_data or config.data}, {describe_goal(config)}"
-            measured[name] = (task, posts)
-            comparing = comparing or not NEED_REFERENCE.isdisjoint(names)
-        say_differences(measured, comparing)
+            found[name] = one = measure(name, args, judge)
+            for kind, r in one.results.items():
+                say_row(name + kind, r, one.posts, args.show)
+            tasks[name] = (f"{args.data or one.config.eval_data or one.config.data}, {describe_goal(one.config)}",
+                           one.posts)
+            comparing = comparing or not NEED_REFERENCE.isdisjoint(reward_names(parse_stages(one.config.stages)))
+        say_differences(tasks, comparing)
+        # The rows above were for whoever waits. Now all numbers with their intervals, a model a column.
+        results = {name + kind: r for name, one in found.items() for kind, r in one.results.items()}
+        say_figures(results, {name + kind: one.posts for name, one in found.items() for kind in one.results},
+                    Path(args.out))
+        if args.comparing:
+            say_comparison(found, {name: find_model(name)[1] for name in found}, Path(args.out),
+                           (lambda triples: duels(judge, triples)) if args.duels else None)
     except (ValueError, OSError, Full) as e:
         print(f"eval.py: {e}", file=sys.stderr)
         return 1

@@ -25,12 +25,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from config import Config, parse_budgets
+from judge import paid
 from metrics import distinct, invented, repetition, templated
 from model import Transformer
 from plumbing.posts import Post, load_posts
 from plumbing.prompts import encode_prompt
 from plumbing.thoughts import without_thoughts
-from rewards import NEED_MODEL, NEED_REFERENCE, Reward
+from rewards import GROUP_REWARDS, NEED_MODEL, NEED_REFERENCE, Reward
 from rollout import Group
 from squish import allowance, cost, encode, ensemble, fits, size
 
@@ -62,6 +63,8 @@ TEMPLATES["qwen3"] = TEMPLATES["chatml"] + "<think>\n\n</think>\n\n"
 
 CLOSE = "</summary>"  # whatever tokens spell it, it ends a tagged answer
 UNIT_WORDS = {"chars": "characters", "tokens": "tokens"}
+# A language model on a server reads and marks each summary (judge.py): a reward that gets hacked.
+GROUP_REWARDS["judge"] = lambda group: paid([(s.document, s.text) for s in group])
 
 
 # --- the prompt -------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ COLUMNS = (("reward", "reward", 7, "{:.3f}"), ("length", "length", 6, "{:.1f}"),
 
 # These pay for no length. What a forker's reward pays for, nobody knows.
 ANY_LENGTH = {"rouge_l", "bleu", "char_bleu", "meteor", "embedding", "squish", "cost", "copy_rate", "repetition",
-              "twice", "invented", "distinct", "format"}
+              "twice", "invented", "distinct", "format", "judge"}
 
 
 class Log:

@@ -6,25 +6,27 @@ and what a caller must know of a failure. $OPENAI_API_KEY says who asks. Rewards
 """
 
 import functools
-import hashlib
 import json
 import math
 import os
 import re
-import sqlite3
 import sys
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 from urllib.parse import urlsplit
 
+from plumbing.kept import Kept
 from plumbing.thoughts import without_thoughts
 
 TRIES = 5  # of one request, while the server is busy or away; the package waits in between
 MOST = 4096  # vectors that are kept
 TOO_MUCH = (400, 413, 422)  # how servers refuse a batch of more texts, or of more tokens, than they take at once
+ALTERNATIVES = (20, 10, 5)  # how many likely tokens are asked for at each place; servers allow 20, 11, 5 or none
 # Not every server takes all that is sent. What it does not take -> the words by which a refusal says so.
-UNTAKEN = {"max_tokens": r"\bmax_tokens\b", "seed": r"\bseed\b", "temperature": r"\btemperature\b",
+UNTAKEN = {**{f"{n} top_logprobs": "logprobs" for n in ALTERNATIVES},
+           "max_tokens": r"\bmax_tokens\b", "seed": r"\bseed\b", "temperature": r"\btemperature\b",
            "system role": r"system (message|prompt|instruction)|\broles?\b|developer instruction"}
 
 
@@ -34,44 +36,6 @@ class Refused(OSError):
     def __init__(self, why: str, final: bool = False, status: int | None = None):
         super().__init__(why)
         self.final, self.status = final, status
-
-
-class Kept:
-    """A table on disk, or in memory: key -> value. What is in there is whole: sqlite sees to kills and full disks."""
-
-    def __init__(self, path: Path | None = None):
-        try:
-            if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            self.db = sqlite3.connect(path or ":memory:", check_same_thread=False, timeout=60)
-            self.db.execute("CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value TEXT)")
-        except sqlite3.Error as e:
-            raise OSError(f"{path} cannot be used to keep summaries ({e}): delete it, or name another --cache.") from e
-
-    def get(self, *key):
-        try:
-            row = self.db.execute("SELECT value FROM kept WHERE key = ?", (self.name(key),)).fetchone()
-            return None if row is None else json.loads(row[0])
-        except (sqlite3.Error, ValueError) as e:
-            raise OSError(f"What was kept cannot be read ({e}): delete the file, or name another --cache.") from e
-
-    def put(self, value, *key) -> None:
-        try:
-            with self.db:
-                self.db.execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", (self.name(key), json.dumps(value)))
-        except sqlite3.Error as e:
-            raise OSError(f"A summary could not be kept ({e}): free some space; what was kept before is safe.") from e
-
-    def __len__(self) -> int:
-        return self.db.execute("SELECT count(*) FROM kept").fetchone()[0]
-
-    def clear(self) -> None:
-        with self.db:
-            self.db.execute("DELETE FROM kept")
-
-    @staticmethod
-    def name(key: tuple) -> str:
-        return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------
@@ -102,12 +66,23 @@ class Server:
         self.met = False  # it has answered before
         self.gone: Refused | None = None  # why it will not answer again
         self.batch = 2 ** 16  # texts that it takes in one request, as far as is known
+        self.used, self.lock = Counter(), threading.Lock()  # answers, and the tokens that they were of
 
     def chat(self, system: str, user: str, *, max_tokens: int, temperature: float, seed: int, close: str = "") -> str:
         """One answer, without its reasoning field. `close`: an answer that was cut off before it has this is none."""
         body = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "messages": [
             {"role": "system", "content": mended(system)}, {"role": "user", "content": mended(user)}]}
         return self.ask(self.client.chat.completions, body, functools.partial(read_answer, close=close), seconds=600)
+
+    def reply(self, system: str, user: str, *, max_tokens: int, temperature: float, seed: int, logprobs: bool,
+              seconds: float) -> dict:
+        """One answer, cut off or not: {"text", "tokens"}. The tokens are None where the server does not tell them."""
+        body = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "messages": [
+            {"role": "system", "content": mended(system)}, {"role": "user", "content": mended(user)}]}
+        if logprobs:
+            body |= {"logprobs": True, "top_logprobs": ALTERNATIVES[0]}
+        found = self.ask(self.client.chat.completions, body, read_reply, seconds)
+        return {**found, "text": self.unkeyed(found["text"])}
 
     def vectors(self, texts: Sequence[str]) -> list[list[float]]:
         """A vector for each text, in their order: in one request, or in halves where the server takes fewer texts.
@@ -158,7 +133,9 @@ class Server:
                 raise self.gone
             content = self.send(resource, body, seconds)
             try:
-                result = read(as_object(content))
+                answer = as_object(content)
+                self.count(answer.get("usage"))
+                result = read(answer)
                 self.met = True
                 return result
             except Refused as e:
@@ -202,15 +179,26 @@ class Server:
         never = status in (401, 402, 404) or "insufficient_quota" in e.response.text
         return Refused(f"HTTP {status} {said}" + (self.hint() if status == 404 else ""), never)
 
+    def count(self, usage) -> None:
+        """Add up what the answers cost, where the server says it. An answer that is of no use is paid for, too."""
+        usage = usage if isinstance(usage, dict) else {}
+        with self.lock:
+            self.used["answers"] += 1
+            for name in ("prompt_tokens", "completion_tokens"):
+                self.used[name] += usage[name] if isinstance(usage.get(name), int) else 0
+
     def hint(self) -> str:
         return "" if "/v1" in self.url else "; most servers' URLs end in /v1, this one does not"
 
     def clean(self, text: str) -> str:
         """One line, not too long, without the key."""
+        text = " ".join(self.unkeyed(text).split())
+        return text if len(text) <= 300 else text[:300] + " ..."
+
+    def unkeyed(self, text: str) -> str:
         if len(self.key) > 3:  # a shorter one is no secret
             text = text.replace(self.key, "***").replace(json.dumps(self.key)[1:-1], "***")
-        text = " ".join(text.split())
-        return text if len(text) <= 300 else text[:300] + " ..."
+        return text
 
 
 def check_key(key: str) -> None:
@@ -237,6 +225,8 @@ def check_url(url: str) -> None:
 
 
 def sent(name: str, body: dict) -> bool:
+    if name.endswith("top_logprobs"):
+        return "logprobs" in body
     return "messages" in body if name == "system role" else name in body
 
 
@@ -245,6 +235,10 @@ def adapted(body: dict, untaken: set[str]) -> dict:
     result = {name: value for name, value in body.items() if name not in untaken}
     if "max_tokens" in untaken & body.keys():
         result["max_completion_tokens"] = body["max_tokens"]  # OpenAI's newer name
+    if "logprobs" in body:
+        left = [n for n in ALTERNATIVES if f"{n} top_logprobs" not in untaken]
+        result |= {"top_logprobs": left[0]} if left else {}
+        result = result if left else {k: v for k, v in result.items() if k not in ("logprobs", "top_logprobs")}
     if "system role" in untaken and "messages" in body:  # in the user's turn
         result["messages"] = [{"role": "user", "content": "\n\n".join(m["content"] for m in body["messages"])}]
     return result
@@ -290,6 +284,37 @@ def read_answer(answer: dict, close: str) -> str:
     if not text.strip() or end == "error":
         raise ValueError(f"an empty answer, {end}")
     return text
+
+
+def read_reply(answer: dict) -> dict:
+    """The text of a chat's answer, and its tokens where the server tells them."""
+    return {"text": read_answer(answer, close=""), "tokens": tokens_of(answer["choices"][0])}
+
+
+def tokens_of(choice: dict) -> list[tuple[str, dict[str, float]]] | None:
+    """The tokens of an answer at temperature 0, each with its likeliest alternatives and their log-probabilities.
+
+    None where the server gives none, or in another form. At temperature 0 the token that was said is the likeliest.
+    mlx_lm.server names another one of the list, and spells blanks as its vocabulary does.
+
+    >>> tokens_of({"logprobs": {"content": [{"token": "\u2581a", "logprob": -2.0, "top_logprobs": [
+    ...     {"token": "\u2581a", "logprob": -2.0}, {"token": "\u2581the", "logprob": -0.5}]}]}})
+    [(' the', {' a': -2.0, ' the': -0.5})]
+    """
+    try:
+        tokens = []
+        for item in filter(None, choice["logprobs"]["content"]):
+            each = {plain(other["token"]): float(other["logprob"]) for other in item.get("top_logprobs") or ()}
+            each.setdefault(plain(item["token"]), float(item["logprob"]))
+            tokens.append((max(each, key=each.__getitem__), each))
+        return tokens or None
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def plain(token: str) -> str:
+    """A word of a vocabulary as it stands in a text: its sign for a blank is a blank."""
+    return token.replace("\u2581", " ").replace("\u0120", " ").replace("\u010a", "\n")
 
 
 def read_vectors(answer: dict, n: int) -> list[list[float]]:

@@ -42,3 +42,17 @@ def holm(p: list[float]) -> list[float]:
         running = max(running, min(1.0, (len(p) - rank) * p[i]))
         adjusted[i] = running
     return adjusted
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's (1904) rho: the correlation of the ranks of x [n] and y [n], in [-1, 1]; equal values share a rank.
+
+    0 where one of the two is the same everywhere: then it orders nothing.
+
+    >>> rank_correlation(np.array([1.0, 2.0, 3.0]), np.array([1.0, 100.0, 2.0]))  # ranks 1 2 3 and 1 3 2
+    0.5
+    """
+    ranks = [(values[:, None] > values).sum(1) + (values[:, None] == values).sum(1) / 2 for values in (x, y)]  # [n]
+    a, b = (rank - rank.mean() for rank in ranks)
+    size = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / size) if size else 0.0

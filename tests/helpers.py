@@ -27,7 +27,7 @@ few = settings(max_examples=12, deadline=None, derandomize=True, database=None,
 # The rewards that the pages explain and the tests expect numbers of: one that the project takes in gets a name here.
 # Yours need not be among them.
 OUR_REWARDS = ("length", "rouge_l", "bleu", "char_bleu", "meteor", "char_length", "copy_rate", "repetition", "twice",
-               "invented", "format", "squish", "cost", "distinct", "embedding")
+               "invented", "format", "squish", "cost", "distinct", "embedding", "judge")
 
 BASE = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 96, "rms_norm_eps": 1e-5, "bos_token_id": 1,

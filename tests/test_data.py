@@ -49,7 +49,8 @@ def measured(monkeypatch, *args: str) -> dict:
     """All numbers, unrounded, of the one row that eval.py prints."""
     found, real = [], evaluation.evaluate
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "evaluate", lambda *given: found.append(real(*given)) or found[-1])
+        patch.setattr(evaluation, "evaluate",
+                      lambda *given, **more: found.append(real(*given, **more)) or found[-1])
         assert evaluation.main(list(args)) == 0
     result, = found
     return {name: value for name, value in result.items() if name != "summaries"}

@@ -27,11 +27,13 @@ READ_YOUR_RUN = ROOT / "docs" / "read-your-run.md"
 ROOMS = ("", "plumbing", "studies")  # where modules lie
 # Files that only a run, a download or a model folder makes.
 MADE = {"config.json", "metrics.jsonl", "eval.jsonl", "samples.jsonl", "groups.jsonl", "failed.jsonl", "curves.png",
-        "checkpoint/", "model/", "adapter/", "runs/NAME/", "runs/squish.sqlite"}
+        "checkpoint/", "model/", "adapter/", "runs/NAME/", "runs/squish.sqlite", "runs/judge.sqlite", "runs/eval/",
+        "compare.md"}
 # Programs of others: their flags are theirs.
 FOREIGN = ("pip", "uv", "apt", "git", "ruff", "bash", "brew", "cd", "export")
 PROGRAMS = {"train.py": "train", "eval.py": "eval", "studies.rewards_grid": "studies.rewards_grid",
-            "studies.squish_benchmark": "studies.squish_benchmark", "tiny/make.py": "", "studies.speed": "", "studies.mac": "",
+            "studies.squish_benchmark": "studies.squish_benchmark", "studies.judge_check": "studies.judge_check",
+            "tiny/make.py": "", "studies.speed": "", "studies.mac": "",
             "pytest": "", "-c": ""}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -157,7 +159,7 @@ def test_every_function_that_is_named_exists(page, modules):
         elif dotted := re.fullmatch(r"(?:(plumbing|studies)\.)?([a-z_]\w*)\.([A-Za-z_]\w*)(?:\.(\w+))?(\(\))?", text):
             room, module, name, inside = dotted.group(1, 2, 3, 4)
             module = f"{room}.{module}" if room else module
-            if name in ("py", "md", "json", "jsonl", "png", "txt", "html", "sqlite", "safetensors"):
+            if name in ("py", "md", "json", "jsonl", "png", "txt", "html", "csv", "sqlite", "safetensors"):
                 continue  # a file, see above
             there = module in modules and name in modules[module]
             missing += [] if there and (not inside or inside in modules[module][name]) else [text]

@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 STORY = {  # file: what it may import besides plumbing, at the top or anywhere inside
     "grpo": {"model"}, "rollout": {"model"}, "squish": {"model"}, "lora": {"model"}, "model": set(), "metrics": set(),
-    "rewards": {"metrics"}, "config": {"grpo", "rewards", "squish"},
-    "task": {"config", "rollout", "rewards", "metrics", "squish", "model"},
-    "eval": {"task", "config", "rollout", "rewards", "metrics", "model", "squish"},
+    "judge": set(), "rewards": {"metrics"}, "config": {"grpo", "rewards", "squish"},
+    "task": {"config", "rollout", "rewards", "metrics", "squish", "model", "judge"},
+    "eval": {"task", "config", "rollout", "rewards", "metrics", "model", "squish", "judge"},
     "train": {"grpo", "task", "config", "rollout", "rewards", "metrics", "squish", "model", "lora", "eval", "mlx_grpo"},
     "mlx_model": {"rollout"}, "mlx_grpo": {"mlx_model", "grpo"},
 }

@@ -595,7 +595,12 @@ def test_names_instead_of_folders_on_the_command_line(repository, data, process)
     assert wrong.returncode == 1 and wrong.stderr.startswith("eval.py: There is no file or folder mlabonne/smoltdlr")
     assert wrong.stderr.count("\n") == 1
     repository.close()
-    assert process(ROOT / "eval.py", NAME, *args).stdout == first.stdout
+    again = process(ROOT / "eval.py", NAME, *args)  # but for the time that it took
+
+    def timeless(out):
+        return [line for line in out.splitlines() if not line.startswith("summaries a ")]
+
+    assert timeless(again.stdout) == timeless(first.stdout)
 
 
 def test_a_run_on_streamed_posts_resumes_without_a_connection(data, process, tmp_path):

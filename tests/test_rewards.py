@@ -29,6 +29,7 @@ from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 import metrics
 import rewards
+import task
 import train
 from metrics import (
     copy_rate,
@@ -704,7 +705,7 @@ def test_a_run_is_told_where_rouge_counts_nothing(references, said):
 # ---------------------------------------------------------------------------------------------------- for all of them
 
 
-@pytest.mark.parametrize("name", sorted({*OUR_REWARDS} - {"embedding"} - rewards.NEED_MODEL))
+@pytest.mark.parametrize("name", sorted({*OUR_REWARDS} - {"embedding", "judge"} - rewards.NEED_MODEL))
 def test_every_reward_can_be_used_and_silence_is_never_best(name):
     texts = ["Tom won a race.", "Tom lost a cat and a dog.", "", " \n"]
     bad = name in ("copy_rate", "repetition", "twice", "invented")  # shares of what is bad
@@ -734,6 +735,7 @@ def test_a_name_is_what_it_says_and_needs_what_it_says(name, monkeypatch):
     """The measures are not symmetric: who swaps text and reference, or reference and document, gets other numbers."""
     monkeypatch.setattr(server_module, "embed", lambda texts: {
         text: [float(text.count(letter)) for letter in "abcd"] for text in texts})
+    monkeypatch.setattr(task, "paid", lambda pairs: [d.count("a") - 3 * text.count("c") for d, text in pairs])
     text, reference, document, other = "a b c a b c", "a b c d a a", "x a b c a y", "d d a c"
     if name in ("twice", "invented"):
         text, document = "B Rye. Tom 7. B Rye.", "tom"
@@ -743,7 +745,7 @@ def test_a_name_is_what_it_says_and_needs_what_it_says(name, monkeypatch):
         "char_bleu": bleu(" ".join(text), " ".join(reference)), "meteor": meteor(text, reference),
         "copy_rate": 3 / 4, "repetition": 1 / 4, "distinct": (4 * 1 / 2 + 1) / 5, "format": 0.0,
         "twice": 1.0, "invented": 5 / 6,
-        "squish": 0.5, "cost": 0.25,
+        "squish": 0.5, "cost": 0.25, "judge": 2 - 3 * 2,
     }
     measured = {"squish": [0.5, 0.0], "cost": [0.25, 0.125]}
     _, parts = parse(name)([text, other], [6, 4], reference, 8, document, measured)
