@@ -52,7 +52,7 @@ class Config:
     # --- the task ---
     # B x G completions are one batch. More completions of a post (G) make its mean a better baseline, and cost less
     # than more posts, for they share its prompt. More posts (B) make a step speak for more of them.
-    target: int = flag(30, "wanted length of a summary, in tokens of the model")
+    target: int = flag(40, "wanted length of a summary, in tokens of the model")
     prompts: int = flag(4, "posts in a batch (B)")
     group: int = flag(8, "completions of each post (G)")
     template: str = flag("", "prompt template: chatml, qwen3 (thinking off), plain; with a budget tagged, notes, "

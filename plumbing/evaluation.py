@@ -30,7 +30,7 @@ FLAGS = {  # of the command itself: type, default, help
     "data": (str, None, "posts: tiny, a folder, a file or a hub data set (default: the run's own, or tiny)"),
     "split": (str, None, "which split of a folder or hub data set (default: test, or what the run held out where there "
                          "is none)"),
-    "target": (int, None, "wanted length in tokens (default: the run's own, or 30)"),
+    "target": (int, None, "wanted length in tokens (default: the run's own, or 40)"),
     "n": (int, None, "only the first N posts"),
     "samples": (int, 0, "also draw this many summaries of each post at the run's temperature: what GRPO trains"),
     "seed": (int, 0, "decides what is drawn"),

@@ -72,7 +72,7 @@ def train_tokenizer(rng: random.Random) -> Tokenizer:
     texts = []
     for _ in range(8000):
         s = story(rng)
-        texts += [s.document, s.reference, summary(s, rng)]
+        texts += [s.document, s.brief, summary(s, rng)]
     texts += [TAGGED, SUMMARY_FIRST, "system\nSummarise the post in about 32 tokens.user\nassistant\nPost:\n"] * 400
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -119,7 +119,7 @@ def lesson(tokenizer: Tokenizer, rng: random.Random) -> tuple[list[int], int, fl
     """One text as token ids, how many of the first ones are a prompt, and what each of those weighs."""
     s = story(rng)
     end = tokenizer.token_to_id(END)
-    text = s.reference if rng.random() < 0.12 else summary(s, rng)
+    text = s.brief if rng.random() < 0.12 else summary(s, rng)
     kind = rng.random()
 
     def pieces(template: str, *texts: str) -> list[list[int]]:

@@ -308,6 +308,7 @@ class Fact:
 class Story:
     document: str
     reference: str
+    brief: str  # the same facts in fewer words
     facts: tuple[Fact, ...]  # in document order
     topic: str
 
@@ -379,14 +380,15 @@ def tell(line: str, slots: dict[str, str], rng: random.Random, leads=("",), poin
     return Fact(capital(polish(lead + sentence)) + ".", tuple(forms), point)
 
 
-def careful(points: list[Fact], words: int = 25) -> str:
-    """The reference: every point fact and nothing else, grown form by form to about `words` words.
+def careful(points: list[Fact], words: int, brief: bool = False) -> str:
+    """Every point fact and nothing else, grown form by form to about `words` words.
 
-    What grows first is fixed: the main clause, then how it ended, then the rest. So a model can learn what is in it.
+    What grows first is fixed, so that it can be learnt: the main clause in full (who, where and when), then how it
+    ended, then the rest. `brief`: each by one form in turn, so that little more than the verbs is said.
     """
     level = [0] * len(points)
     turns = [0, len(points) - 1, *range(1, len(points) - 1)]
-    for turn in turns * 4:
+    for turn in turns * 4 if brief else [turn for turn in turns for _ in range(4)]:
         longer = [*level[:turn], level[turn] + 1, *level[turn + 1 :]]
         if longer[turn] < len(points[turn].forms) and length(points, longer) <= words:
             level = longer
@@ -401,7 +403,7 @@ def length(points: list[Fact], level: list[int]) -> int:
 
 
 def story(rng: random.Random, held_out: bool = False) -> Story:
-    """Draw until document (45 to 85 words) and reference (21 to 29) have their length: about three in four do."""
+    """Draw until document (45 to 85 words) and brief summary (21 to 29) have their length: about three in four do."""
     while True:
         topic = rng.choice(list(PLOTS))
         plot, slots = PLOTS[topic], cast(rng, held_out)
@@ -429,10 +431,11 @@ def story(rng: random.Random, held_out: bool = False) -> Story:
                 fact = replace(fact, sentence=re.sub(rf"(?i)\b{he}\b", P, fact.sentence, count=1))
             facts.append(fact)
             before = fact.sentence
-        document, reference = " ".join(f.sentence for f in facts), careful([f for f in facts if f.point])
-        sizes = len(document.split()), len(reference.split()), sum(not f.point for f in facts)
+        points = [f for f in facts if f.point]
+        document, brief = " ".join(f.sentence for f in facts), careful(points, 25, brief=True)
+        sizes = len(document.split()), len(brief.split()), sum(not f.point for f in facts)
         if 45 <= sizes[0] <= 85 and 21 <= sizes[1] <= 29 and 2 <= sizes[2] <= 4:
-            return Story(document, reference, tuple(facts), topic)
+            return Story(document, careful(points, 30), brief, tuple(facts), topic)
 
 
 def summary(story: Story, rng: random.Random) -> str:
