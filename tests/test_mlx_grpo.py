@@ -280,6 +280,22 @@ def test_checkpointing_and_micro_batches_change_no_gradient(family, lora):
             np.testing.assert_allclose(np.array(found[name]), np.array(g), rtol=0, atol=1e-4 * mx.abs(g).max().item())
 
 
+def test_a_micro_batch_leaves_the_model_as_it_was_and_no_graph():
+    """The very arrays, and not those that the gradient was traced with; and a batch in pieces takes less memory than
+    whole, which it does not where a piece's graph is kept until the last."""
+    groups, peaks = some_groups(B=6, P=40, T=20), []
+    mine = in_mlx(policy())
+    before = mlx_grpo.trained(mine)
+    for micro_tokens in (10_000, 110):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        held = mx.get_active_memory()
+        gradient_of(mine, mine, groups, settings(), micro_tokens)
+        peaks.append(mx.get_peak_memory() - held)
+    assert all(before[name] is array for name, array in mlx_grpo.trained(mine).items())
+    assert peaks[1] < peaks[0] / 2
+
+
 @pytest.mark.parametrize("lora, kind, advantage", [(0, "grpo", "gdpo"), (2, "gspo", "batch"), (0, "cispo", "group")])
 def test_the_metrics_of_an_update_are_those_of_torch(lora, kind, advantage):
     """Three batches, two steps on each: all metrics, and the weights within what AdamW makes of rounding."""
@@ -382,6 +398,7 @@ def test_two_hundred_steps_end_with_the_memory_of_the_twentieth():
         groups = some_groups(step, P=4 + step % 7, T=2 + step % 5)
         mlx_grpo.update(mine, mine, groups, optimizer, settings(beta=0.01, updates=1 + step % 2))
         held.append(mx.get_active_memory() + mx.get_cache_memory())
+    assert mx.get_cache_memory() < 1e5  # and what is free is the system's
     assert held[-1] <= 1.02 * held[19]  # a block may be a little larger than its array
 
 
