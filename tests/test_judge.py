@@ -21,6 +21,7 @@ import pytest
 
 import judge as judge_module
 import rewards
+import task  # noqa: F401 (it gives the reward its name)
 from judge import CRITERIA, VERSION, Judge, duels, fenced, judged, read_ending, summed_up
 from plumbing import server as server_module
 from plumbing.server import connect
