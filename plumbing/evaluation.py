@@ -19,7 +19,8 @@ def prices(text: str) -> tuple[float, float]:
 COLUMNS = (("n", "n", 5, "{}"), ("length", "length", 6, "{:.1f}"), ("length_std", "±", 5, "{:.1f}"),
            ("within_2", "±2", 6, "{:.1%}"), ("within_10pct", "±10%", 6, "{:.1%}"), ("rouge_l", "ROUGE-L", 8, "{:.3f}"),
            ("meteor", "METEOR", 7, "{:.3f}"), ("bleu", "BLEU", 6, "{:.3f}"), ("distinct", "distinct", 8, "{:.3f}"),
-           ("copy_rate", "copied", 7, "{:.1%}"), ("stopped", "stopped", 8, "{:.1%}"), ("over", "over", 6, "{:.1%}"),
+           ("copy_rate", "copied", 7, "{:.1%}"), ("invented", "invented", 8, "{:.1%}"), ("names", "names", 5, "{:.1f}"),
+           ("stopped", "stopped", 8, "{:.1%}"), ("over", "over", 6, "{:.1%}"),
            ("missing", "missing", 7, "{:.1%}"), ("reward", "reward", 7, "{:.3f}"))
 # Settings of a run that the command may say anew: {field of Config: what its flag means}.
 OWN = {"max_new_tokens": "where a summary is cut; 0: twice the target", "template": "prompt template",

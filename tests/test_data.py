@@ -53,7 +53,8 @@ def measured(monkeypatch, *args: str) -> dict:
                       lambda *given, **more: found.append(real(*given, **more)) or found[-1])
         assert evaluation.main(list(args)) == 0
     result, = found
-    return {name: value for name, value in result.items() if name != "summaries"}
+    numbers = {name: value for name, value in result.items() if name != "summaries"}
+    return {**numbers, "lengths": [row["length"] for row in result["summaries"]]}  # as eval.jsonl keeps them
 
 
 def last_line(run: str) -> dict:
@@ -131,7 +132,9 @@ def test_a_reward_that_compares_is_a_mean_over_the_posts_that_have_a_reference()
 
 
 def test_posts_without_a_reference_do_not_count_as_zero(monkeypatch, capsys):
-    some, none = rows(6), [row | {"summary": None} for row in rows(12)[6:]]
+    posts = load_posts(TINY, "test")[:12]  # such as the model knows: it is worth something there
+    some = [{"document": post.document, "summary": post.reference} for post in posts[:6]]
+    none = [{"document": post.document, "summary": None} for post in posts[6:]]
     write("some.jsonl", some)
     write("half.jsonl", some + none)
     write("none.jsonl", none)

@@ -21,6 +21,7 @@ import pytest
 
 import judge as judge_module
 import rewards
+import task  # noqa: F401 (it gives the reward its name)
 from judge import CRITERIA, VERSION, Judge, duels, fenced, judged, read_ending, summed_up
 from plumbing import server as server_module
 from plumbing.server import connect
@@ -373,15 +374,14 @@ def test_what_another_judge_said_is_not_taken_for_this_one_s(server, monkeypatch
     ask(server, cache="kept.sqlite")
     for n, (change, value) in enumerate({"max_tokens": 99, "name": "other", "VERSION": "2-x", "repeat": 1}.items(), 2):
         connect.cache_clear()
-        if change == "VERSION":
-            monkeypatch.setattr(judge_module, "VERSION", value)
-        name = value if change == "name" else "some-model"
-        more = {"max_tokens": value} if change == "max_tokens" else {}
-        judged(Judge(f"{server.url}#{name}", cache="kept.sqlite", **more), PAIRS,
-               repeat=value if change == "repeat" else 0)
+        with monkeypatch.context() as patch:
+            if change == "VERSION":
+                patch.setattr(judge_module, "VERSION", value)
+            name = value if change == "name" else "some-model"
+            more = {"max_tokens": value} if change == "max_tokens" else {}
+            judged(Judge(f"{server.url}#{name}", cache="kept.sqlite", **more), PAIRS,
+                   repeat=value if change == "repeat" else 0)
         assert len(server.bodies) == 8 * n
-        monkeypatch.undo() if change == "VERSION" else None
-        monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
 def test_the_key_is_in_no_file_and_no_log(server, tmp_path, caplog, capsys):
