@@ -198,7 +198,8 @@ class Log:
                      f"  before     {before['summary']} [{grade(before)}]\n"
                      f"  after      {after['summary']} [{grade(after)}]")
         before = "".join(f"\n  before  {describe(row, self.sized)}" for row in evals[:1] if row["stage"] == 0)
-        curves = f"Look at {self.folder / 'curves.png'}; the" if (self.folder / "curves.png").exists() else "The"
+        pages = [path for name in ("report.html", "curves.png") if (path := self.folder / name).exists()]
+        curves = f"Look at {' and '.join(map(str, pages))}; the" if pages else "The"
         goal = f", {self.goal}" if self.sized or "within_2" not in evals[-1] else ""
         self.say(f"\nheld-out greedy summaries{goal}{before}\n  after   {describe(evals[-1], self.sized)}"
                  f"\nDone in {int(seconds // 60)}:{int(seconds % 60):02d}"
