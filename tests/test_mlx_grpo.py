@@ -353,6 +353,16 @@ def test_every_trained_parameter_moves(family, lora, checkpointing):
     assert before.keys() == after.keys() and len(before) > len(still)
 
 
+def test_the_norm_of_a_large_gradient_keeps_its_digits():
+    """A million numbers of 1/1000, added in float32 one after the other, would lack half a thousandth of their sum."""
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(2048, 512, generator=generator) * 1e-3
+    model = SimpleNamespace(trainable_parameters=lambda: {"w": mx.ones(1)})
+    optimizer = SimpleNamespace(step=lambda *_: None)
+    norm = mlx_grpo.step_down(model, optimizer, {"w": to_mlx(gradient)}, 1.0, 1e6)
+    assert norm == pytest.approx(gradient.double().norm().item(), rel=1e-5)
+
+
 def test_equal_rewards_move_nothing_and_a_broken_loss_leaves_the_weights():
     model, groups = policy(), some_groups()
     mine = in_mlx(model)
