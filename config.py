@@ -45,7 +45,10 @@ class Config:
     summary_field: str = flag("", "field that holds the summary, where its name is not guessed")
     max_posts: int = flag(0, "take only the first so many posts of the data and of the held-out data; 0: all")
     min_chars: int = flag(0, "leave out posts of fewer characters; from 1 on also rows without a text")
-    stages: tuple[str, ...] = flag(("length:40", "rouge_l+3*length:180"), "one or more REWARD:STEPS, run in order")
+    # First the length alone. Then a good summary of that length, which invents nothing and does not stammer: what nobody
+    # pays for is unlearnt (docs/read-your-run.md).
+    stages: tuple[str, ...] = flag(("length:40", "rouge_l+4*length-3*invented-2*twice:180"),
+                                   "one or more REWARD:STEPS, run in order")
     stage_ref: str = flag("start", "the model that the KL holds to: the run's first, or the last of the previous stage",
                           choices=("start", "previous"))
     run: str = flag("", "name of the run's folder in runs/; empty: the first free of MODEL-1, MODEL-2, ...")
@@ -100,7 +103,7 @@ class Config:
                                         "divides each reward of the sum by its own std", choices=ADVANTAGES)
     clip_low: float = of_update(0.2, "the ratio may fall to 1 - this before its gradient stops")
     clip_high: float = of_update(0.2, "the ratio may rise to 1 + this before its gradient stops (DAPO: 0.28)")
-    beta: float = of_update(0.05, "weight of the KL to the reference model; 0 needs no reference model")
+    beta: float = of_update(0.1, "weight of the KL to the reference model; 0 needs no reference model")
     # `policy_loss` by itself takes k3, the paper's. A run takes k3_ratio, whose gradient is that of the KL.
     kl: str = of_update("k3_ratio", "KL estimator in the loss; k3_ratio has the right gradient (with gspo: k2)",
                         choices=KLS)
