@@ -168,12 +168,12 @@ def test_rows_that_do_not_measure_the_same_are_said(capsys):
     assert evaluation.main(["tiny", "runs/own", "--n", "2"]) == 0
     said = capsys.readouterr().err
     assert "do not measure the same" in said
-    assert "tiny: 2 posts of tiny, target 30" in said and "runs/own: 2 posts of posts.jsonl" in said
+    assert "tiny: 2 posts of tiny, target 40" in said and "runs/own: 2 posts of posts.jsonl" in said
     same = ["tiny", "runs/own", "--n", "2", "--data", "posts.jsonl"]
     assert evaluation.main([*same, "--target", "8"]) == 0
     assert capsys.readouterr().err == ""
     assert evaluation.main(same) == 0
-    assert "target 30" in (said := capsys.readouterr().err) and "target 6" in said
+    assert "target 40" in (said := capsys.readouterr().err) and "target 6" in said
 
 
 @pytest.mark.parametrize("args", [["--help"], ["tiny", "--target", "4", "--show", "1", "--data", "a.jsonl"]],

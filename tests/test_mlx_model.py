@@ -264,7 +264,8 @@ def test_a_folder_goes_there_and_back(tmp_path, family, dtype):
     assert {p.dtype for _, p in tree_flatten(theirs.parameters())} == {BACK[dtype]}
     mlx_model.save(theirs, tokenizer, tmp_path / "b")
     back, _ = torch_model.load(tmp_path / "b", "cpu", dtype)
-    assert back.config == ours.config
+    # as read, not as made: where no file names an end token, its class may
+    assert back.config == torch_model.load(tmp_path / "a", "cpu", dtype)[0].config
     for (name, p), (_, q) in zip(ours.named_parameters(), back.named_parameters(), strict=True):
         assert q.dtype == dtype and torch.equal(p, q), name
     files = {path.name for path in (tmp_path / "a").iterdir()}

@@ -78,7 +78,7 @@ def test_a_reference_keeps_the_point_and_a_careless_summary_does_not():
         used = s.reference.lower().replace(".", " ").replace(",", " ").split()
         assert fmean(word in words for word in used) > 0.8  # a summary copies, it does not invent
         assert 2 <= sum(not fact.point for fact in s.facts) and 3 <= sum(fact.point for fact in s.facts)
-        assert 21 <= len(used) <= 29
+        assert 21 <= len(used) <= 33 and len(used) >= len(s.brief.split())
     drawn = [stories.story(rng) for _ in range(200)]
     careless = fmean(rouge_l(stories.summary(s, rng), s.reference) for s in drawn)
     assert 0.3 < careless < 0.7
@@ -109,8 +109,8 @@ def test_transformers_loads_the_folder_as_it_is(tiny):
 def test_it_writes_summaries_but_misses_the_length(tiny):
     """There is something to learn, and something to learn it with."""
     posts = POSTS["test"][:100]
-    r = evaluate(*tiny, posts, Config(target=30))
-    assert r["within_10pct"] < 0.35 and r["stopped"] > 0.9
+    r = evaluate(*tiny, posts, Config())
+    assert r["within_10pct"] < 0.45 and r["stopped"] > 0.9
     strangers = fmean(rouge_l(row["summary"], post.reference) for row, post in zip(r["summaries"][1:], posts))
     assert r["rouge_l"] > 0.35 > strangers + 0.1  # about this post, not about posts
 
@@ -131,8 +131,8 @@ def test_it_copies(tiny):
 def test_its_summaries_are_true_and_not_empty(tiny):
     """Names and numbers stand in the post, also those that it has never met; and there are some."""
     posts = POSTS["test"][:100]
-    r = evaluate(*tiny, posts, Config(target=30))
-    assert r["invented"] < 0.05 and r["names"] > 2.5
+    r = evaluate(*tiny, posts, Config())
+    assert r["invented"] < 0.05 and r["nothing_invented"] > 0.85 and r["names"] > 4
 
 
 def test_a_summary_saves_bits_of_its_own_document(tiny):
