@@ -92,6 +92,8 @@ class Config:
     compile: bool = flag(False, "let torch.compile fuse each layer: a minute or more at first, and no gain on the CPUs "
                                 "where it was measured")
     device: str = flag("", "cpu, cuda or mps; empty: cuda where there is one, else cpu")
+    # MLX is Apple's library for its own chips. The same seed writes the same summaries, within rounding.
+    backend: str = flag("torch", "what computes: torch, or mlx on Apple silicon", choices=("torch", "mlx"))
     # --- the update: grpo.py explains each, README.md says which paper takes which ---
     loss: str = of_update("grpo", "policy loss: what is clipped, and what a token weighs", choices=tuple(KINDS))
     advantage: str = of_update("group", "r - mean, divided by the group's std, by nothing, or by the batch's std; gdpo "
@@ -176,6 +178,8 @@ def check(c: Config) -> None:
          "--lora, --lora-alpha and --max-document cannot be negative"),
         (c.seed < 0 or c.warmup < 0 or not c.weight_decay >= 0 or not 0 <= c.lr_end <= 1,
          "--seed, --warmup and --weight-decay cannot be negative, and --lr-end must lie in [0, 1]"),
+        (c.backend == "mlx" and bool(c.device or c.compile),
+         "--backend mlx computes on Apple's GPU, or on the CPU where there is none: leave out --device and --compile"),
         (0 < c.max_new_tokens <= 1.1 * c.target, f"--max-new-tokens {c.max_new_tokens} would cut summaries at the "
                                                  f"target of {c.target} and count them as hits: leave room to miss"),
         *((getattr(c, n) < 0, f"--{n.replace('_', '-')} cannot be negative") for n in (

@@ -15,7 +15,7 @@ price. Then read summaries (--show 5): numbers do not say what changed.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -82,7 +82,7 @@ def fit_posts(model, tokenizer, splits: Sequence[Sequence[Post]], config) -> lis
 
 
 def complete(model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int, stop_text: str = "",
-             batch: int = 64, temperature: float = 0.0, seed: int = 0) -> list[Group]:
+             batch: int = 64, temperature: float = 0.0, seed: int = 0, act: Callable | None = None) -> list[Group]:
     """One completion of each prompt, in the prompts' order; greedy unless there is a temperature.
 
     `batch` prompts go through the model together, those of like length, so that little is padded; fewer where memory
@@ -91,21 +91,23 @@ def complete(model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
 
     def complete_some(some: Sequence[int]) -> list[Group]:
-        return sample(model, [prompts[i] for i in some], G=1, max_new_tokens=max_new_tokens, temperature=temperature,
-                      seed=seed, tokenizer=tokenizer, stop_text=stop_text)
+        return (act or sample)(model, [prompts[i] for i in some], G=1, max_new_tokens=max_new_tokens,
+                               temperature=temperature, seed=seed, tokenizer=tokenizer, stop_text=stop_text)
 
     groups = dict(zip(order, in_batches(order, batch, complete_some)))
     return [groups[i] for i in range(len(prompts))]
 
 
-def evaluate(model, tokenizer, posts: Sequence[Post], config, scorers: Sequence = (), batch: int = 64) -> dict:
+def evaluate(model, tokenizer, posts: Sequence[Post], config, scorers: Sequence = (), batch: int = 64,
+             act: Callable | None = None) -> dict:
     """Greedy summaries of all posts -> what docs/read-your-run.md explains, and the summaries themselves.
 
     The same tasks, the same reading of the answers and the same rewards as in training: `reward` and `reward/NAME` are
     those of the run's last stage, at every evaluation, so that before and after mean the same. Beside them stand all
     metrics. Where the template has a budget, each number is the mean over --budgets, and NAME@BUDGET that of one.
-    `scorers`: the (model, tokenizer) pairs that measure the rewards in NEED_MODEL. "summaries": a row for each post
-    (and budget), with id, summary, length and what it scored. An empty summary counts like any other.
+    `scorers`: the (model, tokenizer) pairs that measure the rewards in NEED_MODEL. `act`: another backend's `sample`.
+    "summaries": a row for each post (and budget), with id, summary, length and what it scored. An empty summary counts
+    like any other.
     """
     stages = parse_stages(config.stages)
     config = replace(config, template=config.template or choose_template(model, tokenizer, reward_names(stages)))
@@ -117,7 +119,7 @@ def evaluate(model, tokenizer, posts: Sequence[Post], config, scorers: Sequence 
         # has nobody to compare with: such parts of a reward mean something else here than in training.
         tasks = [make_task(tokenizer, post, config, budget) for post in posts]
         groups = complete(model, tokenizer, [task.prompt for task in tasks], config.max_new_tokens,
-                          CLOSE if has_tag(config.template) else "", batch)
+                          CLOSE if has_tag(config.template) else "", batch, act=act)
         means = score(groups, tasks, stages[-1].reward, config, tokenizer, scorers)
         means.pop("reward_std")  # of groups of one
         means["stopped"] = fmean(bool(group.stopped[0]) for group in groups)

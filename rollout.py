@@ -67,12 +67,12 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
     (A prompt given twice in a call gets two groups.)
     """
     prompts = [torch.as_tensor(p, dtype=torch.long).cpu() for p in prompts]  # B x [P_b]
-    _check(prompts, model.config, G, max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+    check_request(prompts, model.config, G, max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
     if stop_text and tokenizer is None:
         raise ValueError("A stop text is looked for in decoded text: pass the tokenizer.")
     B, N, device = len(prompts), len(prompts) * G, model.embed_tokens.weight.device
     stop = torch.tensor(sorted(model.config.eos_token_ids if stop_ids is None else stop_ids), device=device)  # [stops]
-    noise = _noise(prompts, G, max_new_tokens, seed, device)  # [N, T]
+    noise = random_numbers(prompts, G, max_new_tokens, seed, device)  # [N, T]
 
     # Each prompt is read once; then its keys and values serve G rows.
     cache = Cache()
@@ -192,8 +192,8 @@ def draw(logits: Tensor, noise: Tensor, temperature: float, top_k: int, top_p: f
 # --- what a first reading skips: refusals, random numbers -------------------------------------------------------------
 
 
-def _check(prompts: Sequence[Tensor], model_config, G: int, max_new_tokens: int, *, temperature: float, top_p: float,
-           top_k: int) -> None:
+def check_request(prompts: Sequence[Tensor], model_config, G: int, max_new_tokens: int, *, temperature: float,
+                  top_p: float, top_k: int) -> None:
     """Refuse, with a sentence, what would fail deep inside or say nonsense. (Comparisons with NaN are False.)"""
     if not (G >= 1 and max_new_tokens >= 1 and temperature >= 0 and 0 < top_p <= 1 and top_k >= 0):
         raise ValueError(f"sample needs G and max_new_tokens of at least 1, temperature at least 0, top_p in (0, 1], "
@@ -210,7 +210,7 @@ def _check(prompts: Sequence[Tensor], model_config, G: int, max_new_tokens: int,
                          f"context of {model_config.max_position_embeddings}: shorten the post or the completion.")
 
 
-def _noise(prompts: Sequence[Tensor], G: int, T: int, seed: int, device: torch.device) -> Tensor:
+def random_numbers(prompts: Sequence[Tensor], G: int, T: int, seed: int, device: torch.device) -> Tensor:
     """Uniform numbers in [0, 1) [N, T], float64; each row's stream is keyed by (seed, prompt, times it came before, g).
     """
     seen: Counter = Counter()

@@ -15,6 +15,7 @@ Shapes: B prompts (posts) a step, G completions of each, P prompt tokens.
 import copy
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -48,11 +49,11 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     or --stage-ref previous asks for others.
     """
     begun = time.monotonic()
+    mlx = import_module("mlx_grpo") if config.backend == "mlx" else None  # not everybody has MLX
     stages = parse_stages(config.stages)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = config.backend if mlx else config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     free = memory.cap_memory(device)
-    # From here on, what cannot work is refused before the first step: posts that are missing or too long, a model that
-    # does not fit. A refusal now is cheaper than a failure after an hour.
+    # From here on, what cannot work is refused before the first step: posts that are too long, a model that is too big.
     model, tokenizer = load_policy(config)
     posts, held_out, longest = choose_posts(config, stages, model, tokenizer)
     ref_model, scorers = frozen_models(config, stages, model, tokenizer)
@@ -61,17 +62,19 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
         **{f"model {n} that measures squish": scorer for n, (scorer, _) in enumerate(scorers, 1)}})
     make_fast_or_small(config, model, ref_model)
     check_device(model, min(longest, key=len), sample, grpo.group_logprobs)  # nothing on the CPU
-    rehearse_largest_step(model, ref_model, longest, config, free)
+    if not mlx:  # whose memory is another one
+        rehearse_largest_step(model, ref_model, longest, config, free)
     optimizer = make_optimizer(config, model)
     # A run is its weights, the optimizer's moments and a step number. All else follows from the seed and the step, so a
     # resumed run repeats the uninterrupted one bit for bit.
     step = load_checkpoint(folder, model, optimizer) if resume else 0
     log = Log(folder, config, stages, step, task.describe_goal(config), begun_with)
     log.begin(model, posts, held_out)
+    act, learn = mlx.take_over(model, optimizer) if mlx else (sample, grpo.update)
 
     def held_out_summaries() -> dict:
         # Greedy summaries of posts that the policy never learns from, scored by the last stage's reward.
-        return evaluate(model, tokenizer, held_out, config, scorers)
+        return evaluate(model, tokenizer, held_out, config, scorers, act=act)
 
     for stage in stages:
         if step >= stage.end:
@@ -82,7 +85,8 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
         if config.stage_ref == "previous" and ref_model is not None and stage.number > 1:
             ref_model = frozen_copy_of_stage(folder, model, stage, begins=step == stage.first)
         step = run_stage(config, folder, stage, step, model=model, ref_model=ref_model, tokenizer=tokenizer,
-                         posts=posts, scorers=scorers, optimizer=optimizer, total=stages[-1].end, log=log, stop=stop)
+                         posts=posts, scorers=scorers, optimizer=optimizer, total=stages[-1].end, log=log, stop=stop,
+                         act=act, learn=learn)
         if stop.asked:
             save(model, tokenizer, folder / "model")
             return log.say(f"Stopped after step {step}. Go on with: python train.py --run {config.run} --resume")
@@ -96,10 +100,9 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
 
 
 def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, ref_model, tokenizer, posts, scorers,
-              optimizer, total: int, log: Log, stop: Stop) -> int:
-    """The algorithm box of the paper (Shao et al. 2024, algorithm 1), from `step` to the stage's end.
-
-    Returns the step that was reached."""
+              optimizer, total: int, log: Log, stop: Stop, act, learn) -> int:
+    """The algorithm box of the paper (Shao et al. 2024, algorithm 1), from `step` to the stage's end, which is returned
+    if nobody stops the run. `act` and `learn` are `sample` and `update`, of torch or MLX."""
     while step < stage.end:
         clock = time.monotonic()
         for parameters in optimizer.param_groups:
@@ -109,9 +112,9 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
         tasks = task.tasks_of(posts, step, config, tokenizer)
         # 2. The policy writes G summaries of each. The same temperature divides the logits here and in the loss: else
         #    the policy that is trained would not be the one that wrote.
-        groups = sample(model, [each.prompt for each in tasks], G=config.group, max_new_tokens=config.max_new_tokens,
-                        temperature=config.temperature, seed=config.seed * 1_000_003 + step, tokenizer=tokenizer,
-                        stop_text=task.CLOSE if task.has_tag(config.template) else "")
+        groups = act(model, [each.prompt for each in tasks], G=config.group, max_new_tokens=config.max_new_tokens,
+                     temperature=config.temperature, seed=config.seed * 1_000_003 + step, tokenizer=tokenizer,
+                     stop_text=task.CLOSE if task.has_tag(config.template) else "")
         # 3. Each summary gets a number. Any function of the text will do, for no gradient goes through it: the loss
         #    asks only how much better than its own group a summary was.
         # What was written is kept if the rest fails; a reward may also ask a server, which may go away.
@@ -120,7 +123,7 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
             # 4. Summaries that did better than their own group become likelier, the others less likely: not too far
             #    from the policy that wrote them (the clip), nor from the reference model (the KL).
             try:
-                line |= grpo.update(model, ref_model, groups, optimizer, config)
+                line |= learn(model, ref_model, groups, optimizer, config)
             except FloatingPointError as e:
                 advice = remedy(model, [r for group in groups for r in group.rewards], config, first=step == 0)
                 raise last_good_weights(e, advice, folder, model, tokenizer, optimizer, step + 1) from e
@@ -286,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
         parse_stages(config.stages)
         with open_run(config, resume, given) as (config, folder), Stop() as stop:
             train(config, folder, resume, stop)
-    except (ValueError, OSError, FloatingPointError, memory.Full, Lies) as e:
+    except (ValueError, OSError, FloatingPointError, ImportError, memory.Full, Lies) as e:
         return complain(str(e))
     except (RuntimeError, MemoryError) as e:
         if not memory.is_full(e):

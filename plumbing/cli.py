@@ -19,7 +19,7 @@ from plumbing.memory import Full
 
 LOCK = Path("checkpoint") / "lock"  # in a run's folder
 # What a resumed run may change: memory and habits. No result depends on it, but in the last bits.
-FREE = ("micro_tokens", "checkpointing", "save_every", "print_every")
+FREE = ("micro_tokens", "checkpointing", "save_every", "print_every", "backend")
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,6 +107,11 @@ def run_to_resume(config, given: dict, runs: Path) -> tuple:
                              f"its settings, but for {', '.join('--' + n.replace('_', '-') for n in FREE)}. Leave the "
                              f"flag out, or start another run.")
     kept = {f.name: saved[f.name] for f in fields(config) if f.name in saved}
+    then = kept.get("backend", "torch")
+    if given.get("backend", then) != then:
+        say(f"{folder} was computed by {then} so far: by {given['backend']} it goes on within rounding, and not bit "
+            f"for bit.")
+        kept["device"] = ""  # that of the other backend need not be on this machine
     return type(config)(**kept | {name: given[name] for name in FREE if name in given}), folder
 
 

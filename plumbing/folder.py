@@ -4,7 +4,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 
@@ -184,9 +184,8 @@ def refuse_quantized(file: Path, kinds: dict[str, str]) -> None:
                          f"weights only. Take the model as it was before, or dequantise it with transformers.")
 
 
-def read_model(model_class: Callable[[ModelConfig], nn.Module], name_or_path: str | Path, device: str | None,
-               dtype: torch.dtype | None) -> tuple[nn.Module, Tokenizer | None]:
-    """What `model.load` promises, with `model_class(config)` to be filled."""
+def open_folder(name_or_path: str | Path) -> tuple[Path, dict, ModelConfig, Tokenizer | None]:
+    """All of a model's folder but its weights -> (the folder, config.json as it is, its numbers, the tokenizer)."""
     folder = find_folder(name_or_path)
     refuse_other_folders(folder)
     raw = read_json(folder / "config.json")
@@ -196,6 +195,13 @@ def read_model(model_class: Callable[[ModelConfig], nn.Module], name_or_path: st
     tokenizer = read_tokenizer(folder)
     if tokenizer is not None:
         config = with_own_marks(config, tokenizer, folder)
+    return folder, raw, config, tokenizer
+
+
+def read_model(model_class: Callable[[ModelConfig], nn.Module], name_or_path: str | Path, device: str | None,
+               dtype: torch.dtype | None) -> tuple[nn.Module, Tokenizer | None]:
+    """What `model.load` promises, with `model_class(config)` to be filled."""
+    folder, raw, config, tokenizer = open_folder(name_or_path)
     with torch.device("meta"):  # shapes only: no time spent on random numbers that the file replaces
         model = model_class(config)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -207,12 +213,17 @@ def read_model(model_class: Callable[[ModelConfig], nn.Module], name_or_path: st
     state = read_weights(folder, config, want, device, dtype or torch.float32)
     model.load_state_dict({name: state[file_name(name, config.model_type)] for name, _ in model.named_parameters()},
                           assign=True)
+    model.raw_config, model.sidecars = passed_through(folder, raw)
+    return model, tokenizer
+
+
+def passed_through(folder: Path, raw: dict) -> tuple[dict, dict[str, bytes]]:
+    """What a saved model gets of the folder that it was read from: its config, and the files beside its weights."""
     left = [key for key in QUANTIZED if raw.get(key)]
     if left:
         warn(f"{folder / 'config.json'} has a {left[0]}, and the weights are plain: so they are used, and saved.")
-    model.raw_config = {key: value for key, value in raw.items() if key not in QUANTIZED}
-    model.sidecars = {n: (folder / n).read_bytes() for n in ("tokenizer.json", *SIDECARS) if (folder / n).exists()}
-    return model, tokenizer
+    return ({key: value for key, value in raw.items() if key not in QUANTIZED},
+            {n: (folder / n).read_bytes() for n in ("tokenizer.json", *SIDECARS) if (folder / n).exists()})
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
@@ -291,15 +302,20 @@ def write_model(model: nn.Module, tokenizer: Tokenizer | None, path: str | Path,
     Adapters are float32. With them all is stored as float32 unless `dtype` says otherwise: rounded to bfloat16, W + BA
     would forget most of what was learnt.
     """
-    folder, family, sidecars = Path(path), model.config.model_type, dict(model.sidecars)
     dtype = dtype or functools.reduce(torch.promote_types, (p.dtype for p in model.parameters()))
+    shapes = {name: p.shape for name, p in model.named_parameters() if not name.endswith(("lora_A", "lora_B"))}
+    write_folder(model, tokenizer, path, shapes, (tensor for _, tensor in model.merged_parameters()), dtype)
+
+
+def write_folder(model, tokenizer: Tokenizer | None, path: str | Path, shapes: dict[str, torch.Size],
+                 weights: Iterable[Tensor], dtype: torch.dtype) -> None:
+    """A model's folder: its `config`, `raw_config` and `sidecars`, and weights of these shapes as they come."""
+    folder, family, sidecars = Path(path), model.config.model_type, dict(model.sidecars)
     raw = {key: value for key, value in model.raw_config.items() if key != "quantization_config"}  # not quantized now
     for key in {"dtype", "torch_dtype"} & raw.keys() or {"torch_dtype"}:
         raw[key] = str(dtype).removeprefix("torch.")
-    names = {name: file_name(name, family) for name, _ in model.named_parameters()}
-    shapes = {name if name.startswith("lm_head") else f"model.{name}": p.shape for name, p in zip(
-        names.values(), model.parameters(), strict=True) if not name.endswith(("lora_A", "lora_B"))}
-    weights = (tensor for _, tensor in model.merged_parameters())
+    names = {name: file_name(name, family) for name in shapes}
+    shapes = {file if file.startswith("lm_head") else f"model.{file}": shapes[name] for name, file in names.items()}
     read = sidecars.pop("tokenizer.json", b"")  # as it was when the model was loaded
     files = {"config.json": json.dumps(raw, indent=2).encode() + b"\n", **sidecars}
     if tokenizer is not None:

@@ -71,7 +71,7 @@ def cap_memory(device: str) -> int:
     """From here on, a process on the CPU that takes more than is available gets an exception, also on Linux.
 
     Returns how many bytes are available, or 0 where no limit was set: a GPU and Windows refuse by themselves, and macOS
-    knows no such limit.
+    knows no such limit. Nor for "mlx": refused memory, it ends the process without a word.
 
     RLIMIT_DATA counts private memory that may be written, touched or not. Mapped files and the stacks of libraries'
     threads make its count differ from what is in use, but by little.
@@ -116,6 +116,9 @@ def tidy(model) -> None:
 
 def peak(device: str) -> float | None:
     """The most memory that this process has held so far, in GiB: the GPU's, if it works on one. None: not known."""
+    if device == "mlx" and sys.platform == "darwin":  # where what Metal holds is not all counted as the process's
+        from plumbing.mlx_arrays import mx
+        return mx.get_peak_memory() / 2 ** 30
     if device.startswith("cuda"):  # or cuda:1
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     if device.startswith("mps"):  # what its driver holds now: the most that it held is not counted
