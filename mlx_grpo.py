@@ -23,12 +23,13 @@ import numpy as np
 import torch
 
 from grpo import EXPLODED, KINDS, KLS, advantages, unknown
+from grpo import group_logprobs as of_torch
 from mlx_model import Cache, Transformer, pad, sample
 from plumbing.micro_batches import MicroBatch, micro_batches, rewards_of
 from plumbing.mlx_adamw import AdamW, set_weights, trained
 from plumbing.mlx_arrays import mx
 from plumbing.mlx_logprobs import sliced_logprobs
-from plumbing.mlx_windows import TakenOver
+from plumbing.mlx_windows import TakenOver, check_mlx
 
 
 def token_logprobs(model, hidden: mx.array, targets: mx.array, temperature: float = 1.0,
@@ -40,7 +41,7 @@ def token_logprobs(model, hidden: mx.array, targets: mx.array, temperature: floa
     if temperature <= 0:
         raise ValueError(f"token_logprobs needs a temperature above 0, not {temperature}: a greedy policy has no logp.")
     rows = hidden.reshape(-1, hidden.shape[-1])  # [M, D]
-    words = words or max(1, 2 ** 22 // max(*rows.shape, 1))
+    words = words or max(1, min(2 ** 13, 2 ** 22 // max(*rows.shape, 1)))  # longer sums would lose digits
     logp, entropy = sliced_logprobs(rows, model.head, targets.reshape(-1), temperature=temperature, words=words,
                                     learns_head=any(p is model.head for p in trained(model).values()))  # [M] each
     return logp.reshape(targets.shape), entropy.reshape(targets.shape)
@@ -212,7 +213,8 @@ def micro_batch_loss(model, m: MicroBatch, config, whole: dict) -> tuple[mx.arra
 
 def step_down(model, optimizer: AdamW, gradient: dict[str, mx.array], largest_norm: float, most: float) -> float:
     """Shorten the gradient to `largest_norm` and take the optimizer's step -> the norm it had; `most` is an error."""
-    squares = [g.astype(mx.float32).square().sum() for g in gradient.values()]  # one [] a parameter
+    # Row by row: MLX's CPU adds one number after the other, and a million of them would lose digits.
+    squares = [g.astype(mx.float32).square().sum(-1).sum() for g in gradient.values()]  # one [] a parameter
     norm = mx.sqrt(mx.stack(squares).sum()).item()
     if not norm < most:
         raise FloatingPointError(f"The gradient's norm is {norm}")
@@ -222,7 +224,11 @@ def step_down(model, optimizer: AdamW, gradient: dict[str, mx.array], largest_no
     return norm
 
 
-def take_over(model, optimizer: torch.optim.Optimizer) -> tuple[Callable, Callable]:
-    """A run's torch model and optimizer -> `sample` and `update` of them, computed in MLX (plumbing/mlx_windows.py)."""
+def take_over(model, optimizer: torch.optim.Optimizer, prompt: Sequence[int]) -> tuple[Callable, Callable]:
+    """A run's torch model and optimizer -> `sample` and `update` of them, computed in MLX (plumbing/mlx_windows.py).
+
+    Where that is a GPU, it answers the prompt (token ids) first: what differs from torch's CPU ends the run."""
+    if mx.default_device() == mx.gpu:
+        check_mlx(model, prompt, Transformer, sample, group_logprobs, of_torch)
     taken = TakenOver(model, optimizer, Transformer, sample, update)
     return taken.sample, taken.update

@@ -233,6 +233,8 @@ class Cache:
         if mask is None:
             self.lengths = read + T
         else:
+            if (mask[:, 0] + (mask[:, 1:] > mask[:, :-1]).sum(1)).max() > 1:  # real tokens begin more than once
+                raise ValueError("MLX counts positions by itself: pad on the left or on the right, not in the middle.")
             self.lengths = read + mask.sum(1)  # [N]
             read = read - mask.argmax(1)  # [N]
         return read if isinstance(read, int) else mx.array(read.astype(np.int32))

@@ -70,7 +70,7 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     step = load_checkpoint(folder, model, optimizer) if resume else 0
     log = Log(folder, config, stages, step, task.describe_goal(config), begun_with)
     log.begin(model, posts, held_out)
-    act, learn = mlx.take_over(model, optimizer) if mlx else (sample, grpo.update)
+    act, learn = mlx.take_over(model, optimizer, min(longest, key=len)) if mlx else (sample, grpo.update)
 
     def held_out_summaries() -> dict:
         # Greedy summaries of posts that the policy never learns from, scored by the last stage's reward.

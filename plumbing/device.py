@@ -29,14 +29,16 @@ def check_device(model: nn.Module, prompt: Sequence[int], sample: Callable, grou
         compare(first_layers(model), prompt, sample, group_logprobs)
 
 
-def compare(small: nn.Module, prompt: Sequence[int], sample: Callable, group_logprobs: Callable) -> None:
-    """`check_device` of a model that is small already, whatever its device."""
+def compare(small: nn.Module, prompt: Sequence[int], sample: Callable, group_logprobs: Callable,
+            there: Callable | None = None, name: str = "", instead: str = "--device cpu") -> None:
+    """`check_device` of a model that is small already, whatever its device. What computes with it is `there` (None:
+    `learn` below), of that name; the advice is to take something `instead`."""
     p = next(small.parameters())
     prompts = [torch.as_tensor(ids, device=p.device) for ids in (prompt, prompt[:max(1, len(prompt) // 2)])]
     groups = sample(small, prompts, G=2, max_new_tokens=TOKENS, stop_ids=[])
     tokens, mask = (torch.stack([getattr(g, name) for g in groups]) for name in ("tokens", "mask"))  # [2, 2, T] each
     sampled = torch.stack([g.logp for g in groups]).cpu()  # [2, 2, T]
-    logp, gradient = learn(small, prompts, tokens, mask, group_logprobs)  # [2, 2, T], [n]
+    logp, gradient = (there or learn)(small, prompts, tokens, mask, group_logprobs)  # [2, 2, T], [n]
 
     exact = on_cpu(small)
     wanted, wanted_gradient = learn(exact, [ids.cpu() for ids in prompts], tokens.cpu(), mask.cpu(), group_logprobs)
@@ -47,9 +49,10 @@ def compare(small: nn.Module, prompt: Sequence[int], sample: Callable, group_log
             ("the gradient differs", ((gradient - wanted_gradient).norm() / wanted_gradient.norm()).item(),
              max(1e-2, rounding))):
         if not off <= bound:  # NaN is not
-            raise Lies(f"On {p.device}, with torch {torch.__version__}, {what} from the CPU's by {off:.2g}, where "
-                       f"rounding makes {bound:.2g} at most: a run would learn something else without a word. Take "
-                       f"--device cpu, or another release of torch.")
+            name = name or f"{p.device}, with torch {torch.__version__}"
+            raise Lies(f"On {name}, {what} from the CPU's by {off:.2g}, where rounding makes {bound:.2g} at most: a "
+                       f"run would learn something else without a word. Take {instead}, or another release of the "
+                       f"library.")
 
 
 def first_layers(model: nn.Module) -> nn.Module:

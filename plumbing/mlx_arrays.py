@@ -59,12 +59,12 @@ def attend(q: mx.array, k: mx.array, v: mx.array, allowed: mx.array | str | None
 
 
 def put(old: mx.array, new: mx.array, at: int) -> mx.array:
-    """new [N, K, T, hd] behind the first `at` columns of old, in a block of room: `mx.concatenate` at every token would
-    copy all that was said before. The array is written in place, where nobody else holds it."""
+    """new [N, K, T, hd] behind the first `at` columns of old, in room that grows by blocks: to concatenate at every
+    token would copy all that was said before. The update is made in place where nobody else holds the array."""
     N, K, T, hd = new.shape
     if at + T > old.shape[2]:
         room = mx.zeros((N, K, -(-T // BLOCK) * BLOCK, hd), new.dtype)  # [N, K, room, hd]
-        old = mx.concatenate([old[:, :, :at], room], 2)  # [N, K, at+room, hd]
+        old = mx.concatenate([old, room], 2)  # [N, K, >= at+T, hd]
     return mx.slice_update(old, new, mx.array([at]), axes=[2])  # [N, K, >= S, hd]
 
 
@@ -73,12 +73,11 @@ def recomputed(layer: nn.Module, x: mx.array, context) -> tuple[mx.array, tuple[
     may have one is an argument: the layer's parameters, and what it remembers."""
     before = layer.trainable_parameters()
 
-    def run(parameters, x, prompt, past):  # -> [N, T, D], what is remembered
+    def run(parameters, x, prompt, past):
         layer.update(parameters)
-        try:
-            return layer(x, replace(context, prompt=prompt, past=past))
-        finally:
-            layer.update(before)
+        out = layer(x, replace(context, prompt=prompt, past=past))  # [N, T, D], and what is remembered
+        layer.update(before)  # or the layer would keep what this very pass was traced with
+        return out
 
     return mx.checkpoint(run)(before, x, context.prompt, context.past)
 

@@ -5,15 +5,18 @@ with torch's models and optimizer, whatever the backend. MLX takes them over, an
 on its memory.
 """
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from plumbing.mlx_adamw import AdamW, trained
-from plumbing.mlx_arrays import mx, nn, to_mlx
+from plumbing import device
+from plumbing.mlx_adamw import AdamW, set_weights, trained
+from plumbing.mlx_arrays import mx, nn, to_mlx, to_torch
 
 
 class TakenOver:
@@ -87,3 +90,28 @@ def window(x: mx.array) -> Tensor:
     if x.dtype == mx.bfloat16:
         return torch.from_numpy(np.array(x.view(mx.int16), copy=False)).view(torch.bfloat16)
     return torch.from_numpy(np.array(x, copy=False))
+
+
+def check_mlx(policy: torch.nn.Module, prompt: Sequence[int], model_class: type, sample: Callable,
+              group_logprobs: Callable, of_torch: Callable) -> None:
+    """Does MLX compute here what torch computes on the CPU? `device.check_device` says why one asks; raises `Lies`.
+
+    The functions are those of mlx_model.py and mlx_grpo.py; `of_torch`: grpo.py's `group_logprobs`.
+    """
+    small = copy.deepcopy(device.first_layers(policy)).to("cpu")
+    kinds = ["conv" if hasattr(layer.operator, "conv") else "full_attention" for layer in small.layers]
+    small.config = replace(small.config, layer_types=tuple(kinds))
+    mine = from_torch(small, model_class)
+
+    def learn(_, prompts, tokens, mask, __) -> tuple[Tensor, Tensor]:
+        def total(arrays):
+            set_weights(mine, arrays)
+            logp, _ = group_logprobs(mine, prompts, to_mlx(tokens), to_mlx(mask))  # [2, 2, T]
+            return logp.sum(), logp
+
+        (_, logp), gradient = mx.value_and_grad(total)(trained(mine))
+        names = [name for name, p in small.named_parameters() if p.requires_grad]
+        return to_torch(logp), torch.cat([to_torch(gradient[name]).flatten().float() for name in names])  # [n]
+
+    device.compare(small, prompt, lambda _, *args, **more: sample(mine, *args, **more), of_torch, there=learn,
+                   name=f"{mx.default_device()}, with MLX {mx.__version__}", instead="--backend torch")

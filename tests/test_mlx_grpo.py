@@ -15,6 +15,7 @@ import grpo
 import model as torch_model
 from lora import add_lora
 from plumbing.adamw import spare_norms
+from plumbing.device import Lies
 from plumbing.micro_batches import micro_batches
 from rollout import Group
 
@@ -279,6 +280,22 @@ def test_checkpointing_and_micro_batches_change_no_gradient(family, lora):
             np.testing.assert_allclose(np.array(found[name]), np.array(g), rtol=0, atol=1e-4 * mx.abs(g).max().item())
 
 
+def test_a_micro_batch_leaves_the_model_as_it_was_and_no_graph():
+    """The very arrays, and not those that the gradient was traced with; and a batch in pieces takes less memory than
+    whole, which it does not where a piece's graph is kept until the last."""
+    groups, peaks = some_groups(B=6, P=40, T=20), []
+    mine = in_mlx(policy())
+    before = mlx_grpo.trained(mine)
+    for micro_tokens in (10_000, 110):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        held = mx.get_active_memory()
+        gradient_of(mine, mine, groups, settings(), micro_tokens)
+        peaks.append(mx.get_peak_memory() - held)
+    assert all(before[name] is array for name, array in mlx_grpo.trained(mine).items())
+    assert peaks[1] < peaks[0] / 2
+
+
 @pytest.mark.parametrize("lora, kind, advantage", [(0, "grpo", "gdpo"), (2, "gspo", "batch"), (0, "cispo", "group")])
 def test_the_metrics_of_an_update_are_those_of_torch(lora, kind, advantage):
     """Three batches, two steps on each: all metrics, and the weights within what AdamW makes of rounding."""
@@ -336,6 +353,16 @@ def test_every_trained_parameter_moves(family, lora, checkpointing):
     assert before.keys() == after.keys() and len(before) > len(still)
 
 
+def test_the_norm_of_a_large_gradient_keeps_its_digits():
+    """A million numbers of 1/1000, added in float32 one after the other, would lack half a thousandth of their sum."""
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(2048, 512, generator=generator) * 1e-3
+    model = SimpleNamespace(trainable_parameters=lambda: {"w": mx.ones(1)})
+    optimizer = SimpleNamespace(step=lambda *_: None)
+    norm = mlx_grpo.step_down(model, optimizer, {"w": to_mlx(gradient)}, 1.0, 1e6)
+    assert norm == pytest.approx(gradient.double().norm().item(), rel=1e-5)
+
+
 def test_equal_rewards_move_nothing_and_a_broken_loss_leaves_the_weights():
     model, groups = policy(), some_groups()
     mine = in_mlx(model)
@@ -381,4 +408,32 @@ def test_two_hundred_steps_end_with_the_memory_of_the_twentieth():
         groups = some_groups(step, P=4 + step % 7, T=2 + step % 5)
         mlx_grpo.update(mine, mine, groups, optimizer, settings(beta=0.01, updates=1 + step % 2))
         held.append(mx.get_active_memory() + mx.get_cache_memory())
+    assert mx.get_cache_memory() < 1e5  # and what is free is the system's
     assert held[-1] <= 1.02 * held[19]  # a block may be a little larger than its array
+
+
+# --- a machine that is wrong ------------------------------------------------------------------------------------------
+
+
+def check(model):
+    mlx_grpo.check_mlx(model, [5, 6, 7, 8], mlx_grpo.Transformer, mlx_grpo.sample, mlx_grpo.group_logprobs,
+                       grpo.group_logprobs)
+
+
+@pytest.mark.parametrize("family, lora", [("qwen3", 0), ("lfm2", 2)])
+def test_a_gpu_is_asked_whether_it_computes_what_torch_does(family, lora):
+    """Nobody had a Mac: so a run there begins with this. It leaves the policy as it was."""
+    model = policy(family, lora)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    check(model)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("where, name, lie, says", [
+    (mx.fast, "rope", lambda real: lambda x, *args, **more: real(x, *args, **more) * 1.01, "sampler's log-prob"),
+    (mx, "value_and_grad", lambda real: lambda f: lambda x: (real(f)(x)[0], {k: 2 * g for k, g in x.items()}),
+     "gradient differs")])
+def test_a_gpu_that_lies_is_named(where, name, lie, says, monkeypatch):
+    monkeypatch.setattr(where, name, lie(getattr(where, name)))
+    with pytest.raises(Lies, match=f"with MLX .*{says}.*Take --backend torch"):
+        check(policy())

@@ -181,6 +181,9 @@ def test_gradients_flow_through_shared_prompts(pairs, family, checkpointing):
     theirs.checkpointing = checkpointing
     before = dict(tree_flatten(theirs.parameters()))
     found = dict(tree_flatten(nn.value_and_grad(theirs, loss)(theirs)[1]))
+    weights = theirs.layers[0].mlp.up_proj.weight
+    theirs.hidden(said.numpy())
+    assert theirs.layers[0].mlp.up_proj.weight is weights  # and not what a pass was traced with
     theirs.checkpointing = False
     for name, p in ours.named_parameters():
         assert_close(found[name], p.grad, atol=1e-4 * p.grad.abs().max().item())
@@ -331,6 +334,7 @@ def test_what_is_refused_is_a_sentence(tmp_path, pairs):
     assert "context" in refusal(ValueError, sample, theirs, [[1]], G=1, max_new_tokens=96)
     assert "tokenizer" in refusal(ValueError, sample, theirs, [[1]], G=1, max_new_tokens=1, stop_text="x")
     assert "no folder" in refusal(FileNotFoundError, mlx_model.load, str(tmp_path / "nothing"))
+    assert "middle" in refusal(ValueError, theirs.hidden, np.ones((1, 3), int), mask=np.array([[True, False, True]]))
     cache = mlx_model.Cache()
     theirs.hidden(np.array([[1, 2]]), cache)
     assert "shared before" in refusal(ValueError, cache.share(2).share, 2)
