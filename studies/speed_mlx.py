@@ -1,11 +1,10 @@
-"""The MLX path beside its peers, and the report that a Mac's owner can send. Prints tables.
+"""The MLX path beside its peers, in pairs on one machine. Prints tables. (studies/mac.py is the report from a Mac.)
 
     pip install -r tests/requirements.txt             # brings mlx and mlx-lm
     python -m studies.speed_mlx sampling              # beside mlx-lm's generate and its batch generation
     pip install mlx-lm-lora mlx-tune                  # best into an environment of its own: they want older packages
     python -m studies.speed_mlx step                  # a whole step beside these two
-    python -m studies.speed_mlx mac                   # on Apple silicon: prints a report to paste into an issue
-    python -m studies.speed_mlx mac 1 8 2             # the same, smaller: 1 layer, 8 tokens a completion, 2 steps
+    python -m studies.speed_mlx step crisp mlx-lm-lora                   # these two rows only
 
 All models have random weights. Each row is a process of its own. What the peers compute (read in mlx-lm-lora 5.10 and
 mlx-tune 0.6):
@@ -21,39 +20,29 @@ Shapes: G completions of T tokens after one prompt of P tokens.
 """
 
 import contextlib
-import copy
 import json
 import multiprocessing
-import os
-import platform
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 import train
 from config import Config, parse_stages
-from grpo import group_logprobs
+from grpo import update
 from model import Transformer, load, read_config, save
-from plumbing import memory
 from plumbing.posts import TINY
 from rollout import sample
 
-ROOT = Path(__file__).resolve().parents[1]
 G, T, P, STEPS = 4, 64, 128, 3
 SMALL = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 4096, "hidden_size": 256,
          "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
          "head_dim": 64, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
          "tie_word_embeddings": True, "hidden_act": "silu", "bos_token_id": 0, "eos_token_id": 2}
-QWEN3_0_6B = SMALL | {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-                      "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
 PROMPT = [i % 200 + 20 for i in range(P)]
 
 
@@ -142,32 +131,27 @@ def beside(title: str, jobs: dict, folder: str) -> None:
 # --- a step -----------------------------------------------------------------------------------------------------------
 
 
-def take_steps(config: Config, new_tokens: int, steps: int) -> tuple[list[float], list[float]]:
-    """Steps as train.py makes them, of one prompt -> (seconds of each, seconds of its sampling)."""
+def step_ours(folder: str, backend: str = "mlx") -> list[float]:
+    """Steps as train.py makes them, with a KL to the base. The first does not count."""
+    config = Config(model=folder, backend=backend, lora=16, group=G, prompts=1, lr=1e-5, beta=0.05)
     model, tokenizer = train.load_policy(config)
     ref_model, _ = train.frozen_models(config, parse_stages(config.stages), model, tokenizer)
     optimizer = train.make_optimizer(config, model)
-    act, learn = sample, train.grpo.update
-    if config.backend == "mlx":
+    act, learn = sample, update
+    if backend == "mlx":
         import mlx_grpo
-        act, learn = mlx_grpo.take_over(model, optimizer)
-    seconds, sampling = [], []
-    for step in range(steps):
-        begun = time.perf_counter()
-        groups = act(model, [PROMPT], G=G, max_new_tokens=new_tokens, stop_ids=[], seed=step, tokenizer=tokenizer)
-        sampling.append(time.perf_counter() - begun)
+        act, learn = mlx_grpo.take_over(model, optimizer, PROMPT)
+
+    def step():
+        groups = act(model, [PROMPT], G=G, max_new_tokens=T, stop_ids=[], tokenizer=tokenizer)
         groups[0].rewards = [float(i) for i in range(G)]
         learn(model, ref_model, groups, optimizer, config)
-        seconds.append(time.perf_counter() - begun)
-    return seconds, sampling
 
-
-def step_ours(folder: str) -> list[float]:
-    return take_steps(Config(model=folder, backend="mlx", lora=16, group=G, prompts=1, lr=1e-5), T, STEPS + 1)[0][1:]
+    return clocked(step)
 
 
 def step_torch(folder: str) -> list[float]:
-    return take_steps(Config(model=folder, lora=16, group=G, prompts=1, lr=1e-5), T, STEPS + 1)[0][1:]
+    return step_ours(folder, "torch")
 
 
 def step_mlx_lm_lora(folder: str) -> list[float]:
@@ -219,81 +203,18 @@ def step_mlx_tune(folder: str) -> list[float]:
     return [b - a for a, b in zip(ends, ends[1:])][1:]
 
 
-# --- the report of a Mac's owner --------------------------------------------------------------------------------------
-
-
-def embedded(backend: str, steps: int) -> str:
-    """The first command of the README, for some steps."""
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "train.py"), "--backend", backend, "--run", "mac", "--stages",
-             f"length:{steps}", "--eval-posts", "20"], cwd=folder, capture_output=True, text=True, encoding="utf-8")
-        if done.returncode:
-            return f"fails: {done.stderr.strip()[-300:]}"
-        log = Path(folder, "runs", "mac", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in log]
-    seconds, tokens = (statistics.median(row[name] for row in rows) for name in ("seconds", "tokens_per_s"))
-    peak = re.search(r"at most ([\d.]+ GiB)", done.stdout)
-    return (f"{seconds:.2f} s a step, {tokens:.0f} tokens/s, at most {peak[1] if peak else '?'}, reward "
-            f"{rows[0]['reward']:.3f} to {rows[-1]['reward']:.3f}, logp_gap {max(r['logp_gap'] for r in rows):.1e}")
-
-
-def largest_difference() -> float:
-    """The trainer's log-probabilities of 4 completions of the embedded model, torch against MLX."""
-    import mlx.core as mx
-
-    import mlx_grpo
-    import mlx_model
-    model, tokenizer = load(TINY, "cpu")
-    prompt = tokenizer.encode("A post about a shoe that was lost.").ids
-    group, = sample(model, [prompt], G, 32, stop_ids=[])
-    with torch.no_grad():
-        ours, _ = group_logprobs(model, [group.prompt], group.tokens[None], group.mask[None])  # [1, G, T]
-    tokens, mask = (mx.array(x[None].numpy()) for x in (group.tokens, group.mask))  # [1, G, T] each
-    theirs, _ = mlx_grpo.group_logprobs(mlx_model.load(TINY)[0], [prompt], tokens, mask)  # [1, G, T]
-    return (ours - mlx_model.to_torch(theirs)).abs().max().item()
-
-
-def one_model(folder: str, tokens: int, steps: int) -> str:
-    config = Config(model=folder, backend="mlx", lean=True, lora=16, group=G, prompts=1, lr=1e-5, beta=0.05)
-    seconds, sampling = take_steps(config, tokens, steps)
-    last = slice(1, None) if steps > 1 else slice(None)  # the first step makes Metal's kernels
-    step, said = statistics.median(seconds[last]), statistics.median(sampling[last])
-    return (f"{step:.2f} s a step, {said:.2f} of them sampling: {G * tokens / said:.0f} tokens/s there, "
-            f"{G * tokens / step:.0f} in all; at most {memory.peak('mlx'):.2f} GiB")
-
-
-def mac(layers: int = 28, tokens: int = 256, steps: int = 20) -> None:
-    import mlx.core as mx
-    print("Paste from here into an issue:\n")
-    print(f"machine: {platform.platform()}, {platform.machine()}, macOS {platform.mac_ver()[0] or '-'}, Python "
-          f"{platform.python_version()}, {os.cpu_count()} cores")
-    print(f"versions: mlx {version('mlx')}, torch {torch.__version__}; Metal: {mx.metal.is_available()}")
-    print(f"device: {mx.device_info()}", flush=True)
-    print(f"log-probabilities, torch against MLX, float32: {in_a_process(largest_difference):.1e} at most apart")
-    for backend in ("torch", "mlx"):
-        print(f"embedded default, {backend}, {steps} steps: {embedded(backend, steps)}", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        write_model(folder, QWEN3_0_6B | {"num_hidden_layers": layers}, torch.bfloat16)
-        says = in_a_process(one_model, folder, tokens, min(steps, 5))
-        print(f"Qwen3-0.6B's shape, {layers} of 28 layers, bf16, LoRA 16, 1 x {G} completions of {tokens} tokens after "
-              f"{P}, KL: {says}")
-
-
 def main(argv: list[str]) -> None:
-    what, *sizes = argv or [""]
     peers = {"sampling": {"crisp": sampling_ours, "mlx-lm, row after row": sampling_generate,
                           "mlx-lm, batch": sampling_batch},
-             "step": {"crisp": step_ours, "mlx-lm-lora": step_mlx_lm_lora, "mlx-tune (not GRPO)": step_mlx_tune,
-                      "crisp, --backend torch": step_torch}}
-    if what == "mac":
-        return mac(*map(int, sizes))
+             "step": {"crisp": step_ours, "mlx-lm-lora": step_mlx_lm_lora, "mlx-tune": step_mlx_tune,
+                      "crisp, torch": step_torch}}
+    what, *only = argv or [""]
     if what not in peers:
         sys.exit(__doc__)
-    chosen = {name: job for name, job in peers[what].items() if not sizes or name in sizes}
     with tempfile.TemporaryDirectory() as folder:
-        write_model(folder, copy.copy(SMALL), torch.float32)
-        beside(f"{what}: {G} x {T} tokens after {P}", chosen, folder)
+        write_model(folder, SMALL, torch.float32)
+        beside(f"{what}: {G} x {T} tokens after {P}", {name: job for name, job in peers[what].items()
+                                                       if not only or name in only}, folder)
 
 
 if __name__ == "__main__":
