@@ -197,15 +197,15 @@ def written_down(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, prompt
     q = q.reshape(N, K, -1, hd)  # [N, K, R*T, hd]
     scores = q @ k.mT  # [N, K, R*T, S]
     if not prompt:
-        return (scores.softmax(-1) @ v).view(N, H, T, hd)
+        return (scores.softmax(-1) @ v).reshape(N, H, T, hd)
     B, P = len(prompt[0]), prompt[0].shape[2]
-    grouped = q.view(B, -1, *q.shape[1:]).transpose(1, 2)  # [B, K, G, R*T, hd]
+    grouped = q.reshape(B, -1, *q.shape[1:]).transpose(1, 2)  # [B, K, G, R*T, hd]
     shared = grouped.flatten(2, 3) @ prompt[0].mT  # [B, K, G*R*T, P]
-    shared = shared.view(*grouped.shape[:-1], P).transpose(1, 2).flatten(0, 1)  # [N, K, R*T, P]
+    shared = shared.reshape(*grouped.shape[:-1], P).transpose(1, 2).flatten(0, 1)  # [N, K, R*T, P]
     weights = torch.cat([shared, scores], -1).softmax(-1)  # [N, K, R*T, P+S]
     of_prompt = weights[..., :P].reshape(B, -1, *weights.shape[1:-1], P).transpose(1, 2)  # [B, K, G, R*T, P]
-    read = (of_prompt.flatten(2, 3) @ prompt[1]).view(*grouped.shape).transpose(1, 2).flatten(0, 1)  # [N, K, R*T, hd]
-    return (read + weights[..., P:] @ v).view(N, H, T, hd)
+    read = (of_prompt.flatten(2, 3) @ prompt[1]).reshape(*grouped.shape).transpose(1, 2).flatten(0, 1)  # [N, K, R*T, hd]
+    return (read + weights[..., P:] @ v).reshape(N, H, T, hd)
 
 
 # --- the sum ----------------------------------------------------------------------------------------------------------
