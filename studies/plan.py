@@ -204,7 +204,7 @@ def written_down(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, prompt
     shared = shared.reshape(*grouped.shape[:-1], P).transpose(1, 2).flatten(0, 1)  # [N, K, R*T, P]
     weights = torch.cat([shared, scores], -1).softmax(-1)  # [N, K, R*T, P+S]
     of_prompt = weights[..., :P].reshape(B, -1, *weights.shape[1:-1], P).transpose(1, 2)  # [B, K, G, R*T, P]
-    read = (of_prompt.flatten(2, 3) @ prompt[1]).reshape(*grouped.shape).transpose(1, 2).flatten(0, 1)  # [N, K, R*T, hd]
+    read = (of_prompt.flatten(2, 3) @ prompt[1]).view_as(grouped).transpose(1, 2).flatten(0, 1)  # [N, K, R*T, hd]
     return (read + weights[..., P:] @ v).reshape(N, H, T, hd)
 
 
