@@ -22,9 +22,13 @@ import psutil
 import torch
 
 import mlx_grpo
+import mlx_model
+from grpo import group_logprobs
 from lora import add_lora
-from model import Transformer, read_config
+from model import Transformer, load, read_config
 from plumbing.mlx_arrays import mx
+from plumbing.posts import TINY
+from rollout import sample
 
 ROOT = Path(__file__).resolve().parents[1]
 QWEN3_06B = {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
@@ -44,6 +48,21 @@ def say_machine() -> None:
           f"{psutil.virtual_memory().total / 2 ** 30:.0f} GiB")
     print(f"Python {platform.python_version()}, torch {torch.__version__}, MLX {mx.__version__} on "
           f"{mx.default_device()}")
+    wired = mx.device_info().get("max_recommended_working_set_size")  # what the system lets the GPU have at once
+    print(f"The GPU may have {wired / 2 ** 30:.1f} GiB at once" if wired else "No Metal: MLX computes on the CPU")
+
+
+def same_logprobs() -> None:
+    """What both trainers say of four completions of the embedded model, in float32."""
+    (model, tokenizer), (in_mlx, _) = load(TINY, "cpu"), mlx_model.load(TINY)
+    prompt = tokenizer.encode("Somebody has lost a shoe on the way home, and asks who has found it.").ids
+    group, = sample(model, [prompt], G, 32, stop_ids=[])
+    with torch.no_grad():
+        ours, _ = group_logprobs(model, [group.prompt], group.tokens[None], group.mask[None])  # [1, G, T]
+    tokens, mask = (mx.array(x[None].numpy()) for x in (group.tokens, group.mask))  # [1, G, T] each
+    theirs, _ = mlx_grpo.group_logprobs(in_mlx, [prompt], tokens, mask)  # [1, G, T]
+    apart = (ours - mlx_model.to_torch(theirs)).abs().max().item()
+    print(f"Log-probabilities of {group.tokens.numel()} tokens, torch's against MLX's: at most {apart:.1e} apart")
 
 
 def the_same_steps(steps: int) -> None:
@@ -98,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--small", action="store_true", help="a small model in place of Qwen3-0.6B's shape")
     small = parser.parse_args(argv).small
     say_machine()
+    same_logprobs()
     print("The embedded model, the same steps:")
     the_same_steps(2 if small else 10)
     print(f"{'A small model' if small else 'The shape of Qwen3-0.6B'}, bfloat16, LoRA 16, checkpointing, KL: a prompt "
