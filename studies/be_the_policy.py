@@ -103,6 +103,11 @@ def times(log_ratio: float) -> str:
     return f"x {factor:.2f}" if 0.01 <= factor < 100 else f"x {factor:.0e}"
 
 
+def share(p: float) -> str:
+    """A probability: in per cent, or as a power of ten where that would read 0.00%."""
+    return f"{p:7.2%}" if p >= 1e-4 else f"{p:7.0e}"
+
+
 def show_group(group: Group, gains: list[float]) -> str:
     """All G summaries, best first, and how likely one step makes each; gains [G]: the change of its log-probability."""
     r = torch.tensor(group.rewards, dtype=torch.float64)  # [G]
@@ -146,7 +151,7 @@ def show_tokens(tokenizer, group: Group, after: Tensor) -> str:
     for token, old, new in zip(ids, before.tolist(), after.tolist()):
         word = tokenizer.decode([token], skip_special_tokens=False)
         p, q = torch.tensor([old, new]).exp().tolist()
-        cells.append(f"{visible(word)[:12]:12} {p:7.2%} -> {q:7.2%} {times(new - old):>7}")
+        cells.append(f"{visible(word)[:12]:12} {share(p)} -> {share(q)} {times(new - old):>7}")
     half = (len(cells) + 1) // 2
     right = [*cells[half:], ""][:half]
     lines = [f"{a:39} {b}".rstrip() for a, b in zip(cells[:half], right)]

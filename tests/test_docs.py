@@ -31,7 +31,8 @@ MADE = {"config.json", "metrics.jsonl", "eval.jsonl", "samples.jsonl", "failed.j
 # Programs of others: their flags are theirs.
 FOREIGN = ("pip", "uv", "apt", "git", "ruff", "bash", "brew", "cd", "export")
 PROGRAMS = {"train.py": "train", "eval.py": "eval", "studies.rewards_grid": "studies.rewards_grid",
-            "studies.squish_benchmark": "studies.squish_benchmark", "tiny/make.py": "", "studies.speed": "",
+            "studies.squish_benchmark": "studies.squish_benchmark", "studies.be_the_policy": "studies.be_the_policy",
+            "studies.rebuild": "studies.rebuild", "studies.hundred_lines": "", "tiny/make.py": "", "studies.speed": "",
             "pytest": "", "-c": ""}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
