@@ -36,7 +36,7 @@ def sample(model, prompt):
         p = (model(rows)[:, -1] / TEMPERATURE).softmax(-1)  # [G, V]: the policy; all is computed again for each token
         rows = torch.cat([rows, torch.multinomial(p, 1)], 1)  # [G, P+t]: one more token for each completion
         if torch.isin(rows[:, len(prompt):], stops).any(1).all():  # each has said a stop token
-            break
+            break  # nothing that comes later would be kept
     completions = []  # a row went on after its stop token while others wrote, so each is cut behind the first one
     for o in rows[:, len(prompt):]:  # [t]
         ends = torch.isin(o, stops).nonzero()  # [number of stop tokens, 1]: where they stand
@@ -51,7 +51,7 @@ def reward(model, completion):
 
 
 def advantages(rewards):
-    """G rewards -> A [G]: how much better than its own group each completion did. Equal rewards give 0."""
+    """G rewards -> A [G]: how much better than its group each completion did. Equal rewards give about 0."""
     r = torch.tensor(rewards)  # [G]
     return (r - r.mean()) / (r.std() + 1e-4)  # [G]: the mean is the baseline, the std makes all prompts weigh alike
 
@@ -76,18 +76,18 @@ def loss_of(logp, old_logp, ref_logp, A):
 def update(model, ref_model, groups, optimizer):
     """B groups, each (prompt, G completions, G rewards) -> UPDATES steps of the policy towards what was paid more."""
     batch = []  # (prompt, completion, its old_logp, its ref_logp, its advantage), B*G of them
-    for prompt, completions, rewards in groups:
-        for o, A in zip(completions, advantages(rewards)):
+    for prompt, completions, rewards in groups:  # B of them
+        for o, A in zip(completions, advantages(rewards)):  # G of them; A compares within the group
             with torch.no_grad():  # two policies that do not move in this update
                 old_logp, ref_logp = logprobs(model, prompt, o), logprobs(ref_model, prompt, o)  # [T], [T]
-            batch.append((prompt, o, old_logp, ref_logp, A))
-    for _ in range(UPDATES):
+            batch.append((prompt, o, old_logp, ref_logp, A))  # from here on, one completion is like another
+    for _ in range(UPDATES):  # in the first one the ratio is 1, and nothing is clipped
         optimizer.zero_grad()  # of the step before
-        for prompt, o, old_logp, ref_logp, A in batch:
+        for prompt, o, old_logp, ref_logp, A in batch:  # one at a time: no padding, and no mask
             loss = loss_of(logprobs(model, prompt, o), old_logp, ref_logp, A) / len(batch)  # []
             loss.backward()  # gradients add up, so this is the gradient of the batch's mean
         torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)  # one strange batch must not ruin the policy
-        optimizer.step()
+        optimizer.step()  # AdamW, against the gradient
 
 
 def train(steps=STEPS):
@@ -95,17 +95,17 @@ def train(steps=STEPS):
     torch.manual_seed(0)  # the same run each time
     model, tokenizer = load(TINY, "cpu")  # the policy, which learns
     ref_model = copy.deepcopy(model).requires_grad_(False)  # what it was: the KL holds the policy near it
-    optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.99), weight_decay=0.0)  # as in train.py
     posts = [json.loads(line) for line in open(TINY / "train.jsonl", encoding="utf-8")]  # the summaries are not used
-    means = []
-    for step in range(steps):
-        groups = []
+    means = []  # for each step the mean reward: the one number that shows whether it learns
+    for step in range(steps):  # the algorithm box of the paper
+        groups = []  # B of them
         for post in posts[step * B:(step + 1) * B]:  # other posts in each step
             prompt = prompt_of(tokenizer, post["document"])  # [P]
             completions = sample(model, prompt)  # G of [T]
-            groups.append((prompt, completions, [reward(model, o) for o in completions]))
-        update(model, ref_model, groups, optimizer)
-        means.append(sum(sum(rewards) for _, _, rewards in groups) / (B * G))
+            groups.append((prompt, completions, [reward(model, o) for o in completions]))  # scored
+        update(model, ref_model, groups, optimizer)  # what did better than its group becomes likelier
+        means.append(sum(sum(rewards) for _, _, rewards in groups) / (B * G))  # before the update
         text = tokenizer.decode(completions[0].tolist())  # one of the step's summaries, to see what is learnt
         print(f"step {step + 1:2}  mean reward {means[-1]:6.3f}   {text}", flush=True)
     return means

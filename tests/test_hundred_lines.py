@@ -86,3 +86,5 @@ def test_it_is_short_and_needs_nothing_but_torch_and_load():
     assert len(text.splitlines()) <= 115
     assert set(re.findall(r"^(?:from|import) (\w+)", text, re.M)) - sys.stdlib_module_names == {"torch", "model"}
     assert re.findall(r"^from model import (.*)$", text, re.M) == ["load"]
+    inside = [line for line in text.splitlines() if re.match(r" +(?!text |return|print|train|\"\"\"|python)\S", line)]
+    assert len(inside) > 40 and not [line for line in inside if "  # " not in line]  # every line says what it is for
