@@ -45,8 +45,8 @@ class Config:
     summary_field: str = flag("", "field that holds the summary, where its name is not guessed")
     max_posts: int = flag(0, "take only the first so many posts of the data and of the held-out data; 0: all")
     min_chars: int = flag(0, "leave out posts of fewer characters; from 1 on also rows without a text")
-    # First the length alone. Then a good summary of that length that invents nothing and does not stammer: GRPO unlearns
-    # what nobody pays for (docs/read-your-run.md).
+    # First the length alone. Then a good summary of that length, one that invents nothing and does not stammer, because
+    # GRPO unlearns what nobody pays for (docs/read-your-run.md).
     stages: tuple[str, ...] = flag(("length:40", "rouge_l+4*length-3*invented-2*twice:180"),
                                    "one or more REWARD:STEPS, run in order")
     stage_ref: str = flag("start", "the model that the KL holds to: the run's first, or the last of the previous stage",
