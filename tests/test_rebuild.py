@@ -242,7 +242,7 @@ def update(but=None):
                     beta=0.0 if but == "no KL" else beta, kl=config.kl, clip_low=config.clip_low,
                     clip_high=config.clip_high, max_length=config.max_new_tokens, **whole)
                 loss.backward()
-                seen |= {name: float(value) for name, value in more.items()}
+                seen |= {name: value.item() for name, value in more.items()}
                 seen |= {"loss": loss.item(), "entropy": entropy.mean().item()}
             limit = 1e9 if but == "no clip" else config.grad_clip
             seen["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
