@@ -199,11 +199,12 @@ def test_every_command_is_one_that_its_program_takes(page, parsers):
 
 
 def test_every_recipe_is_one_that_a_run_takes(parsers):
-    """The table paper -> flags: each row is read by the real parser, and decides on a loss of its own."""
+    """The table paper -> flags: each row is read by the real parser, and decides on a loss or an advantage of its own."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| \[[^|]*arxiv[^|]* \| `([^`]+)` \|", text, re.M)
     settings = [settings_of(parsers["train.py"], row.split()) for row in rows]
-    assert [c.loss for c in settings] == ["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
+    assert [c.loss for c in settings] == ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "grpo"]
+    assert settings[-1].advantage == "gdpo"
 
 
 @each_page
@@ -287,7 +288,7 @@ def logged(tmp_path_factory) -> dict[str, set[str]]:
     folder = tmp_path_factory.mktemp("runs")
     few = ["--prompts", "2", "--group", "2", "--eval-posts", "2"]
     for name, own in (("length", ["--stages", "rouge_l+length:1"]),
-                      ("squish", ["--stages", "squish:1", "--lora", "2", "--max-new-tokens", "40"])):
+                      ("squish", ["--stages", "squish:1", "--lora", "2", "--max-new-tokens", "60"])):
         subprocess.run([sys.executable, ROOT / "train.py", *few, *own, "--run", name], cwd=folder, check=True,
                        capture_output=True, timeout=300)
     found: dict[str, set[str]] = {}
