@@ -1,6 +1,6 @@
 """GRPO in a hundred lines: the whole algorithm, and nothing that makes it fast or safe.
 
-    python -m studies.hundred_lines          # the embedded model learns to write 30 tokens; docs/doing.md says how fast
+    python -m studies.hundred_lines          # the embedded model learns to write 40 tokens; docs/doing.md says how fast
 
 Names are the symbols of grpo.py, and one update here moves each weight as one `grpo.update` does, to 1e-5. What the
 rest of crisp adds: each prompt runs once for its group, a cache, a batch, memory that is bounded, real rewards,
@@ -16,9 +16,9 @@ import torch
 from model import load
 
 TINY = Path(__file__).parents[1] / "tiny"  # the embedded model and its posts
-B, G, TARGET = 4, 8, 30  # posts a step, completions of each, and the length that is wanted, in tokens
+B, G, TARGET = 4, 8, 40  # posts a step, completions of each, and the length that is wanted, in tokens
 STEPS, UPDATES = 40, 1  # batches that are sampled, and optimizer steps on each of them
-LR, CLIP, BETA, TEMPERATURE, GRAD_CLIP = 6e-4, 0.2, 0.05, 1.0, 1.0  # as in config.py, and so is what stands above
+LR, CLIP, BETA, TEMPERATURE, GRAD_CLIP = 6e-4, 0.2, 0.1, 1.0, 1.0  # as in config.py, and so is what stands above
 
 
 def prompt_of(tokenizer, document):

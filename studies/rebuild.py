@@ -276,7 +276,7 @@ def sample() -> None:
     expect(longest.stopped.any(), "No row has stopped by itself, of twelve: is model.config.eos_token_ids asked for?")
     alone = f(model, prompts[1:], 6, 8, seed=1)[0]
     expect(alone.tokens.equal(groups[1].tokens), "A prompt's completions depend on the seed and on itself, whatever "
-           "else is in the batch: `_noise` has the numbers.")
+           "else is in the batch: `random_numbers` has the numbers.")
     expect(not f(model, prompts[1:], 6, 8, seed=2)[0].tokens.equal(alone.tokens), "Another seed, other completions.")
 
 

@@ -28,7 +28,7 @@ ROOMS = ("", "plumbing", "studies")  # where modules lie
 # Files that only a run, a download or a model folder makes.
 MADE = {"config.json", "metrics.jsonl", "eval.jsonl", "samples.jsonl", "groups.jsonl", "failed.jsonl", "curves.png",
         "checkpoint/", "model/", "adapter/", "runs/NAME/", "runs/squish.sqlite", "runs/judge.sqlite", "runs/eval/",
-        "compare.md"}
+        "compare.md", "studies/results/"}
 # Programs of others: their flags are theirs.
 FOREIGN = ("pip", "uv", "apt", "git", "ruff", "bash", "brew", "cd", "export")
 PROGRAMS = {"train.py": "train", "eval.py": "eval", "studies.rewards_grid": "studies.rewards_grid",
@@ -199,7 +199,7 @@ def test_every_command_is_one_that_its_program_takes(page, parsers):
 
 
 def test_every_recipe_is_one_that_a_run_takes(parsers):
-    """The table paper -> flags: each row is read by the real parser, and decides on a loss or an advantage of its own."""
+    """The table paper -> flags: each row is read by the real parser, and decides on what is its own."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| \[[^|]*arxiv[^|]* \| `([^`]+)` \|", text, re.M)
     settings = [settings_of(parsers["train.py"], row.split()) for row in rows]

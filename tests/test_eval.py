@@ -25,7 +25,7 @@ from plumbing.results import by_post, figures, histogram, near, order
 from squish import squish
 from tests.helpers import edit_json
 
-FEW = ["--n", "4", "--max-new-tokens", "34"]
+FEW = ["--n", "4", "--max-new-tokens", "46"]
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def cwd(tmp_path, monkeypatch) -> Path:
 def runs(tmp_path_factory) -> Path:
     """Two short runs, joint and staged, and one on other posts."""
     folder = tmp_path_factory.mktemp("two")
-    small = ["--prompts", "2", "--group", "2", "--eval-posts", "2", "--max-new-tokens", "34", "--lr", "3e-3"]
+    small = ["--prompts", "2", "--group", "2", "--eval-posts", "2", "--max-new-tokens", "46", "--lr", "3e-3"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert train.main([*small, "--run", "joint", "--stages", "rouge_l+length:3"]) == 0

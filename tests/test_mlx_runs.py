@@ -103,7 +103,7 @@ def test_a_run_in_mlx_that_was_stopped_is_the_undisturbed_one_to_the_bit(run):
 
 def test_adapters_are_trained_and_written(run, small):  # noqa: F811
     """A LoRA run paid by SQUISH, which its own base measures: as torch's, and PEFT's folder holds what was learnt."""
-    flags = ["--stages", "squish:2", "--lora", "2", "--max-new-tokens", "24", "--max-document", "60"]
+    flags = ["--stages", "squish:2", "--lora", "2", "--max-new-tokens", "46", "--max-document", "60"]
     torchs = run("torch", *flags)
     mlxs = run("mlx", *flags, "--backend", "mlx", "--checkpointing")
     agree(mlxs, torchs, atol=2e-3)

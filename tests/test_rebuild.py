@@ -193,7 +193,7 @@ def sample(but=None):
              tokenizer=None, stop_text=""):
         stops = set(model.config.eos_token_ids if stop_ids is None else stop_ids)
         prompts = [torch.as_tensor(prompt) for prompt in prompts]
-        numbers = rollout._noise(prompts, G, max_new_tokens, seed, torch.device("cpu"))
+        numbers = rollout.random_numbers(prompts, G, max_new_tokens, seed, torch.device("cpu"))
         if but == "one stream":
             numbers = torch.rand(numbers.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         N = len(prompts) * G

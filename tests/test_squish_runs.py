@@ -278,7 +278,7 @@ def test_bad_settings_are_sentences(cwd, capsys):
     assert "notes" in refused(capsys, train.main, *few, "--template", "none")
     (cwd / "long.jsonl").write_text("".join(json.dumps({"text": "a long story " * 500, "id": i}) + "\n"
                                             for i in range(20)), encoding="utf-8")
-    assert "--max-document" in refused(capsys, train.main, *few, "--data", "long.jsonl", "--max-new-tokens", "40")
+    assert "--max-document" in refused(capsys, train.main, *few, "--data", "long.jsonl", "--max-new-tokens", "60")
     bench = benchmark.main
     assert "no folder" in refused(capsys, bench, "--models", "nowhere", "--n", "2")
     assert "no folder" in refused(capsys, bench, "--references", "nowhere", "--n", "2")
