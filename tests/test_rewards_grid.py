@@ -141,7 +141,7 @@ def results(tmp_path, monkeypatch):
 
     def put(run, **val):
         run.result.parent.mkdir(parents=True, exist_ok=True)
-        kept = run_of([30] * 3, [0.5] * 3) | {"config": vars(run.config), "model": grid.embedded(), "val": VAL | val}
+        kept = run_of([40] * 3, [0.5] * 3) | {"config": vars(run.config), "model": grid.embedded(), "val": VAL | val}
         run.result.write_text(json.dumps(kept), encoding="utf-8")
     return put
 
