@@ -2,7 +2,7 @@
 
     python train.py                                              # the embedded model and posts, about two minutes
     python train.py --model Qwen/Qwen2.5-0.5B-Instruct --data mlabonne/smoltldr --target 64 --lr 2e-6
-    python train.py --stages squish:100 --lora 16 --lr 1e-3      # no reference summaries: SQUISH, with a LoRA policy
+    python train.py --stages squish:100 --budgets 0.1 --lora 16 --lr 1e-3     # no reference summaries: SQUISH
     python train.py --run tiny-1 --resume                        # go on where a run was stopped, or killed
 
 A stage is a reward and a number of steps, "length:80"; stages follow each other, and one stage is a joint run. All

@@ -54,7 +54,7 @@ SUMMARY_FIRST = TEMPLATE + "\n</document>"
 
 
 def write_posts(rng: random.Random) -> None:
-    """Write the splits. Held-out posts are of people, places and things that no other post names."""
+    """Write the splits. Held-out posts name people, towns, streets, pets and makers that no training post names."""
     seen: set[str] = set()
     for split, n in SPLITS.items():
         rows = []
