@@ -192,3 +192,5 @@ def check(c: Config) -> None:
     ):
         if wrong:
             raise ValueError(says + ".")
+
+# Next: eval.py, what a trained model is worth

@@ -331,3 +331,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+# Next: judge.py, a language model as the judge

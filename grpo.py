@@ -89,6 +89,7 @@ from plumbing.micro_batches import MicroBatch, micro_batches, rewards_of
 
 ADVANTAGES = ("group", "mean", "batch", "gdpo")
 KLS = ("k1", "k2", "k3", "k3_ratio")
+EXPLODED = 1e6  # normal losses are below 1 and normal gradients below 100 (times the advantages, if those are large)
 # All that the losses differ in. Ratio: each token has its own, or the sequence has one. Surrogate: "clip" stops a
 # token's gradient once the ratio has left the band in the direction of A; "weight" clips the factor in front of it, so
 # that no token loses its gradient. Reduction: the sum over tokens is divided so that each completion weighs the same,
@@ -263,9 +264,6 @@ def group_logprobs(model: Transformer, prompts: Sequence[Tensor], tokens: Tensor
     return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
 
 
-EXPLODED = 1e6  # normal losses are below 1 and normal gradients below 100 (times the advantages, if those are large)
-
-
 def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, optimizer: torch.optim.Optimizer,
            config) -> dict[str, float]:
     """One batch of groups, with `rewards` of G floats each -> `config.updates` optimizer steps; returns the metrics.
@@ -348,3 +346,5 @@ def step_down(model: Transformer, optimizer: torch.optim.Optimizer, largest_norm
     if not torch.stack([p.sum() for p in parameters]).isfinite().all():  # faster than each element's own isfinite
         raise FloatingPointError("A weight is not finite after the optimizer's step")
     return norm
+
+# Next: train.py, the loop that calls `update`

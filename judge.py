@@ -344,3 +344,5 @@ def paid(pairs: Sequence[tuple[str, str]]) -> list[float]:
     judge = of_environment(url, model, os.environ.get("OPENAI_API_KEY", ""))
     judge.server.gone = None  # it is asked again: nobody else would notice that the server is back
     return [fmean(row[name] or 0.0 for name in CRITERIA) for row in judged(judge, pairs)]
+
+# Next: lora.py, adapters that make the reference model free

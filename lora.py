@@ -122,3 +122,5 @@ def load_adapters(model: Transformer, path: str | Path) -> None:
         m = layers[name]
         m.lora_scale = scale
         m.lora_A, m.lora_B = (nn.Parameter(factor.to(m.lora_A)) for factor in (A, B))
+
+# Next: squish.py, a reward without references

@@ -336,3 +336,5 @@ def well_formed(text: str) -> float:
     """
     text = text.strip()
     return float(bool(text) and len(text.splitlines()) == 1 and not text[0].islower() and ends_a_sentence(text))
+
+# Next: model.py, the transformer that all of this trains

@@ -232,3 +232,5 @@ def take_over(model, optimizer: torch.optim.Optimizer, prompt: Sequence[int]) ->
         check_mlx(model, prompt, Transformer, sample, group_logprobs, of_torch)
     taken = TakenOver(model, optimizer, Transformer, sample, update)
     return taken.sample, taken.update
+
+# Next: docs/doing.md, what to do with it

@@ -410,3 +410,5 @@ def read_prompts(model: Transformer, prompts: Sequence, cache: Cache, head: mx.a
     hidden = model.hidden(padded, cache, None if mask.all() else mask)  # [B, P, D]
     last = hidden[mx.arange(len(prompts)), mx.array(mask.sum(1) - 1)]  # [B, D]
     return to_logits(last, head)
+
+# Next: mlx_grpo.py, the update once more

@@ -351,9 +351,7 @@ class Transformer(nn.Module):
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
         """Inside, the model is its own base, bit for bit: the KL's `ref_model` for free. No change without adapters.
-
-        A backward pass under `checkpointing` runs layers again, so it belongs inside as well.
-        """
+        A backward pass under `checkpointing` runs layers again, so it belongs inside as well."""
         before = {m: m.lora_on for m in self.modules() if isinstance(m, Linear)}
         try:
             for m in before:
@@ -404,7 +402,6 @@ def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor, temperat
 def load(name_or_path: str | Path, device: str | None = None,
          dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer | None]:
     """A local Hugging Face folder, a run's folder, or a hub name that is downloaded once -> (model, tokenizer).
-
     `device`: cuda where there is one, else the CPU. `dtype`: float32 whatever the file holds, because small updates
     vanish in bf16 weights; pass torch.bfloat16 for a frozen model. `tokenizer` is a `tokenizers.Tokenizer`, or None
     when the folder has no tokenizer.json. Raises ValueError or OSError with a sentence that names file and tensor.
@@ -418,3 +415,5 @@ def save(model: Transformer, tokenizer: Tokenizer | None, path: str | Path, dtyp
     Adapters are added to the weights that are written; the model keeps them. Raises OSError; old files then stay whole.
     """
     write_model(model, tokenizer, path, dtype)
+
+# Next: config.py, every knob and why it has its value

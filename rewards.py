@@ -161,3 +161,5 @@ def parse(expression: str) -> Reward:
     ValueError: reward expression 'length + lenght': unknown name 'lenght'; choose among length, rouge_l...
     """
     return Reward(read_sum(expression, [*REWARDS, *GROUP_REWARDS]))
+
+# Next: metrics.py, what the names in REWARDS measure

@@ -221,3 +221,5 @@ def random_numbers(prompts: Sequence[Tensor], G: int, T: int, seed: int, device:
         seen[key] += 1  # a prompt given twice gets two different groups
     noise = torch.from_numpy(np.stack(rows))  # [N, T]
     return noise if device.type == "mps" else noise.to(device)  # Apple's GPU has no float64: `draw` adds on the CPU
+
+# Next: task.py, what the prompts ask and how the answers are read

@@ -201,3 +201,5 @@ def cost(model: Transformer, tokenizer: Tokenizer, document: str, summaries: Seq
     rows = [([_bos(model)], encode(tokenizer, s or "").ids) for s in summaries]
     bits = iter(sequence_bits(model, [row for row in rows if row[1]], micro_tokens))
     return [next(bits).double().sum().item() / whole if text and whole > 0 else 0.0 for _, text in rows]
+
+# Next: mlx_model.py, the model once more for Apple silicon

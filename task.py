@@ -342,3 +342,5 @@ def within(lengths: Sequence[int], targets: Sequence[int]) -> dict[str, float]:
     """
     off = [(abs(n - target), target) for n, target in zip(lengths, targets)]
     return {"within_2": fmean(d <= 2 for d, _ in off), "within_10pct": fmean(d <= 0.1 * target for d, target in off)}
+
+# Next: rewards.py, what an answer is worth

@@ -290,3 +290,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+# Next: rollout.py, where the completions come from
