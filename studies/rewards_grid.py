@@ -22,6 +22,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from functools import lru_cache
@@ -180,6 +181,14 @@ def chosen(name: str, first: int, steps: int) -> tuple[str, ...]:
     return "--lr", str(config.lr), "--beta", str(config.beta)
 
 
+def at_edge(flags: Sequence[str]) -> str:
+    """Words for a value that is the lowest or the highest of those tried: a still better one may lie beyond it."""
+    tried = {"--lr": RATES, "--beta": BETAS}
+    names = [name for name, value in zip(flags[::2], flags[1::2]) if float(value) in (min(tried[name]),
+                                                                                     max(tried[name]))]
+    return f" ({' and '.join(names)} at the edge of what was tried)" if names else ""
+
+
 def best(grid: list[Run], n: int = 4) -> list[str]:
     """The n configurations of the grid with a sum to take apart that are worth most, once all runs are done."""
     worths: dict[str, list[float]] = {}
@@ -327,7 +336,8 @@ def main(argv: list[str] | None = None) -> int:
             tried = tuning(args.first, args.steps)
             do([run for runs in tried.values() for run in runs if re.search(args.only, run.name)], args, threads)
             for name in tried:
-                print(f"{name}: {' '.join(chosen(name, args.first, args.steps)) or 'not all runs are done'}")
+                flags = chosen(name, args.first, args.steps)
+                print(f"{name}: {' '.join(flags) or 'not all runs are done'}{at_edge(flags)}")
             return 0
         for name in args.sets if args.action == "run" else ():
             runs = sets(args.first, args.steps)[name]  # anew each time: gdpo depends on the grid

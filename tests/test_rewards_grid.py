@@ -170,6 +170,11 @@ def test_each_family_is_tuned_on_val_by_what_is_wanted(results):
     assert grid.chosen("joint", 40, 100)[1] == str(tried["joint"][2].config.lr)
     results(tried["joint"][2], rouge_l=0.7, invented=0.4)  # true is worth as much as near
     assert grid.chosen("joint", 40, 100)[1] == str(best.lr)
+    # The lowest of the learning rates was best, and a middle weight of the KL.
+    assert [grid.at_edge(("--lr", lr, "--beta", beta)) for lr, beta in (("0.0006", "0.1"), ("0.0003", "0.1"))] == [
+        "", " (--lr at the edge of what was tried)"]
+    assert grid.at_edge(("--lr", "0.0012", "--beta", "0.05")) == " (--lr and --beta at the edge of what was tried)"
+    assert grid.at_edge(()) == ""
     assert [grid.family(name) for name in ("joint bleu", "joint, 3 x length, rouge_l", "staged, length on, bleu")] == [
         "joint", "joint, 3 x length", "staged, length on"]
 

@@ -524,6 +524,20 @@ def test_a_run_goes_on_where_it_was_and_with_what_it_was_begun_with(halfway):
     assert (halfway / "model/model.safetensors").read_bytes() == Path("whole/model/model.safetensors").read_bytes()
 
 
+def test_a_run_by_parts_goes_on_where_it_was(small, cwd, capsys):
+    """gdpo reads each group's parts, and the soft zone is one of them: neither leaves anything behind to be kept."""
+    flags = ["--model", str(small), *SMALL, "--advantage", "gdpo", "--overlong", "4", "--updates", "2", "--save-every",
+             "2", "--stages", "rouge_l + length - twice:4"]
+    assert train.main([*flags, "--run", "r"]) == 0
+    shutil.copytree("runs/r", "whole")
+    Path("runs/r/checkpoint/state.pt").unlink()
+    assert train.main(["--resume", "--run", "r"]) == 0
+    assert "Resumed after step 2" in capsys.readouterr().out
+    assert untimed(Path("runs/r/metrics.jsonl")) == untimed(Path("whole/metrics.jsonl"))
+    weights = [Path(run, "model/model.safetensors").read_bytes() for run in ("runs/r", "whole")]
+    assert weights[0] == weights[1]
+
+
 @pytest.mark.parametrize("change", ["one more", "another word", "held out"])
 def test_other_posts_are_refused(halfway, capsys, change):
     rows = Path("posts.jsonl").read_text(encoding="utf-8").splitlines()
