@@ -31,8 +31,8 @@ tensor([ 0.2500, -0.2500])
 
 A good b is the reward that this prompt brings on average. PPO trains a second network, the critic, to guess it. GRPO
 takes the group's mean. It holds r_i itself, which shortens the expected gradient to (G - 1)/G and does not turn it.
-(Dividing by the std, which depends on o too, turns it a little.) More prompts or more completions? Take so many
-completions that most groups hold better and worse ones (the metric flat_groups is low). Then take more prompts: each
+(Dividing by the std, which depends on o too, turns it a little.) More prompts or more completions? Take enough
+completions that most groups hold both better and worse ones (flat_groups stays low). Then take more prompts: each
 one more averages out two kinds of noise, which prompts were drawn and what was answered.
 
 **3. Old samples.** After the first update on a batch, its samples are those of an older policy. The weight rho makes
@@ -53,7 +53,7 @@ Does the clip act by default? No: with one update a batch (`--updates 1`) rho is
 
 **5. The KL** holds the policy near `ref_model`, so that it does not unlearn its language for the sake of the reward.
 The ref_model is a frozen copy of the policy from the start of the run and does not move. (`--stage-ref previous`: from
-the start of this stage.) Under LoRA the first kind takes no memory: it is the policy without its adapters.
+the start of this stage.) Under LoRA the first copy takes no memory: it is the policy with its adapters off.
 
 **6. Why is the loss about 0 at step 1, and the gradient not?** Where rho is 1, completion i adds -A_i to the loss, and
 the advantages of a group sum to 0. The gradients -A_i grad log pi(o_i) do not, since each o_i is another text. This
@@ -116,8 +116,8 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
 def advantages(rewards: Tensor, kind: str = "group", weights: Tensor | None = None, floor: float = 0.05) -> Tensor:
     """rewards [B, G] -> advantages [B, G], float32: how much better each completion did than its own group.
 
-    "group": (r - mean) / (std + 1e-4), as in the paper. The std is the unbiased one (divided by G - 1) and 1e-4 is
-        added, as in trl. The biased one (divided by G) would give values larger by sqrt(G / (G - 1)): 7% at G = 8.
+    "group": (r - mean) / std, as in the paper, and as in trl 1e-4 is added to the std and the std is the unbiased one
+        (divided by G - 1). The biased one (divided by G) would give values larger by sqrt(G / (G - 1)): 7% at G = 8.
     "mean":  r - mean (Dr. GRPO, Liu et al. 2025).
     "batch": r - the group's mean, divided by the std of all B*G rewards + 1e-4 (Liu et al. 2025, "Part I").
     "gdpo":  rewards [B, G, K] and weights [K]: "group" for each of K rewards, their weighted sum, divided by its std
@@ -321,7 +321,7 @@ def micro_batch_loss(model: Transformer, ref_model: Transformer | None, m: Micro
     logp, entropy = group_logprobs(model, m.prompts, m.tokens, m.mask, config.temperature)  # [b, g, T] each
     old_logp = m.old_logp  # [b, g, T], or None in the first pass: the model is still the one that sampled
     if old_logp is None:
-        # Kept for the second update on; with one update old_logp is logp itself, and the ratio is 1. Why not take the
+        # Kept for the second update on; with one update old_logp is logp, detached: the ratio is 1. Why not take the
         # sampler's own logp? It was computed token by token, so it is rounded differently, and under top_k or top_p it
         # is that of another distribution. It serves as an alarm: where the gap is large, one of the two is wrong.
         m.old_logp = logp.detach()  # [b, g, T]

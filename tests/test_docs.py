@@ -273,7 +273,7 @@ def test_the_snippets_of_fork_it_are_code_that_runs(monkeypatch):
 
 def test_the_marked_places_of_fork_it_are_marked():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    mark = "# --- your experiment starts here"
+    mark = "your experiment starts here"
     assert mark in text
     for name in re.findall(r"# (\w+\.py)", next(text for language, text in blocks(ROOT / "README.md")
                                                 if language == "python")):
