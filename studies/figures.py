@@ -260,7 +260,7 @@ def draw_group(step: Step, config: Config) -> str:
     card.text(at(high) + 14, bottom + 9, "reward", size=8.5, color=SOFT)
     up = sum(round(A, 2) > 0 for A in step.advantages)
     card.text(MARGIN, bottom + 29, f"A = (reward − mean) / std, where the std is {std:.3f}. No reward is above 0, and "
-              f"yet {up} answers are made likelier:", size=9)
+              f"yet {up} answers are pushed up:", size=9)
     card.text(MARGIN, bottom + 43, "those that did better than the others of their prompt. The advantages sum to 0.",
               size=9)
     return card.svg()

@@ -47,11 +47,12 @@ def test_the_same_code_writes_the_same_bytes(made, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_files_that_are_kept_say_what_the_script_says(made, name):
-    """Word by word, numbers to a hundredth. Not byte by byte: another matplotlib may draw a letter otherwise."""
+    """Word by word, and numbers as another machine may round them. Another matplotlib may draw letters otherwise."""
     number = r"[\d.]*\d"
     ours, kept = ("\n".join(texts(folder / f"{name}.svg")) for folder in (made[0], figures.OUT))
     assert re.sub(number, "0", ours) == re.sub(number, "0", kept), "run python -m studies.figures"
-    assert [*map(float, re.findall(number, ours))] == pytest.approx([*map(float, re.findall(number, kept))], abs=0.011)
+    now, then = ([*map(float, re.findall(number, text))] for text in (ours, kept))
+    assert now == pytest.approx(then, abs=0.011, rel=0.06)
 
 
 # --- what they show ---------------------------------------------------------------------------------------------------
