@@ -34,6 +34,7 @@ FOREIGN = ("pip", "uv", "apt", "git", "ruff", "bash", "brew", "cd", "export")
 PROGRAMS = {"train.py": "train", "eval.py": "eval", "studies.rewards_grid": "studies.rewards_grid",
             "studies.squish_benchmark": "studies.squish_benchmark", "studies.judge_check": "studies.judge_check",
             "studies.be_the_policy": "studies.be_the_policy", "studies.rebuild": "studies.rebuild",
+            "studies.figures": "studies.figures",
             "studies.hundred_lines": "", "tiny/make.py": "", "studies.speed": "", "studies.mac": "", "studies.plan": "",
             "studies.speed_mlx": "", "tests/test_tour.py": "",
             "pytest": "", "-c": ""}
