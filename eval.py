@@ -26,6 +26,7 @@ from config import Config, parse_budgets, parse_stages, reading, reward_names
 from judge import Judge, duels, judge_rows
 from metrics import bleu, copy_rate, count_names, distinct, meteor, repetition, rouge_l, templated, twice
 from model import load
+from plumbing.cli import open_console
 from plumbing.compare import refuse_unlike, say_comparison
 from plumbing.evaluation import OWN, find_model, read_flags, say_figures, say_head, say_row
 from plumbing.folder import find_folder, read_tokenizer, with_words
@@ -133,7 +134,7 @@ def evaluate(model, tokenizer, posts: Sequence[Post], config, scorers: Sequence 
         rows += found
     # Without budgets there is one set of numbers. With them, the plain name is the mean over all, and each budget's own
     # number stands beside it.
-    result = {"n": len(posts), "compared": sum(bool(post.reference) for post in posts)}
+    result: dict[str, float] = {"n": len(posts), "compared": sum(bool(post.reference) for post in posts)}
     for name in next(iter(results.values())):
         result[name] = fmean(means[name] for means in results.values())
         if None not in results:
@@ -149,7 +150,7 @@ def row_of(group: Group, task, config, tokenizer, g: int = 0) -> dict:
     summary = read_answer(group.texts[g], config.template) or ""
     said, false = count_names(summary, task.post.document)
     row = {"id": task.post.id, "summary": summary, "length": content_lengths(group)[g], "target": task.target,
-           "stopped": bool(group.stopped[g]), "reward": group.rewards[g],
+           "stopped": bool(group.stopped[g]), "reward": (group.rewards or [])[g],
            **{f"reward/{name}": values[g] for name, values in group.parts.items()}, "names": said,
            "invented": false / max(1, said), "copy_rate": copy_rate(summary, task.post.document),
            "repetition": repetition(summary), "twice": twice(summary)}
@@ -298,8 +299,7 @@ def material(name: str, args: argparse.Namespace) -> tuple[list[Post], str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command -> its exit code: a table with a row for each model; what a user can mend is one sentence."""
-    # A console that cannot show "±" or an emoji should not end the command, not even --help.
-    sys.stdout.reconfigure(errors="replace")
+    open_console()  # one that cannot show "±" or an emoji should not end the command, not even --help
     args = read_command(argv)
     tasks, found, comparing = {}, {}, False
     try:
@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
                     Path(args.out))
         if args.comparing:
             say_comparison(found, {name: find_model(name)[1] for name in found}, Path(args.out),
-                           (lambda triples: duels(judge, triples)) if args.duels else None)
+                           (lambda triples: duels(judge, triples)) if judge and args.duels else None)
     except (ValueError, OSError, Full) as e:
         print(f"eval.py: {e}", file=sys.stderr)
         return 1
