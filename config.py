@@ -127,7 +127,8 @@ class Stage:
 
 def parse_stages(texts: tuple[str, ...]) -> list[Stage]:
     """("length:80", "rouge_l+length:80") -> stages with their place in the run. ValueError with a sentence."""
-    stages, first = [], 0
+    stages: list[Stage] = []
+    first = 0
     for text in texts:
         expression, colon, steps = text.rpartition(":")
         if not colon or not steps.isascii() or not steps.isdigit() or int(steps) == 0:

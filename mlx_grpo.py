@@ -194,8 +194,9 @@ def learn(model, ref_model, m: MicroBatch, config, whole: dict, gradient: dict |
             (loss, seen, logp), found = mx.value_and_grad(loss_of)(now)
     finally:
         set_weights(model, now)
-    for name, g in found.items():
-        gradient[name] = gradient[name] + g if name in gradient else g
+    if gradient is not None:
+        for name, g in found.items():
+            gradient[name] = gradient[name] + g if name in gradient else g
     mx.eval(loss, seen, logp, gradient or {})
     if m.old_logp is None:
         m.old_logp = logp  # [b, g, T]

@@ -39,7 +39,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # torch's may be given a function, for methods that try twice
         number = -1  # of the parameter, over all groups
         for group in self.param_groups:
             b1, b2 = group["betas"]

@@ -60,9 +60,9 @@ def as_the_tokenizer_looks(added: list[AddedToken], control: frozenset[str]) -> 
     """A pattern of the added tokens that are looked for in the text as it is: of two that begin together, the longer.
     None where there is none."""
     marks = [token for token in added if token.content in control or not token.normalized]
-    marks = [(r"(?<!\w)%s(?!\w)" if token.single_word else "%s") % re.escape(token.content)
+    forms = [(r"(?<!\w)%s(?!\w)" if token.single_word else "%s") % re.escape(token.content)
              for token in sorted(marks, key=lambda token: len(token.content), reverse=True)]
-    return re.compile("|".join(marks)) if marks else None
+    return re.compile("|".join(forms)) if forms else None
 
 
 def is_control(token: AddedToken, tags: frozenset[str]) -> bool:
@@ -92,8 +92,8 @@ def spelt(tokenizer: Tokenizer, stop_text: str, tokens: Tensor) -> list[int]:
     for i, row in enumerate(last):
         if not special.isdisjoint(row):  # look further back, for as many that are text
             row = tokens[i].tolist()
-            text = [t for t, number in enumerate(row) if number not in special][-width:]
-            last[i] = row[text[0]:] if text else []
+            at = [t for t, number in enumerate(row) if number not in special][-width:]
+            last[i] = row[at[0]:] if at else []
     counts = [0] * len(last)
     for i, text in enumerate(tokenizer.decode_batch(last, skip_special_tokens=True)):
         if stop_text in text and is_ended(tokenizer.decode(tokens[i].tolist(), True), stop_text):

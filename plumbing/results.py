@@ -14,7 +14,7 @@ from plumbing.folder import write_file, write_text
 from plumbing.significance import interval
 
 
-def near(row: dict, share: float) -> bool | None:
+def near(row: dict, share: float) -> bool:
     """Whether a summary is so near to the wanted length, or to its budget."""
     if "budget" in row:
         return abs(row["used"] - 1) <= share
