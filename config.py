@@ -10,18 +10,19 @@ learning from them), and --beta. The others may stay as they are. docs/real-mode
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from grpo import ADVANTAGES, KINDS, KLS
 from rewards import Reward, parse
 from squish import UNITS
 
 
-def flag(default, help: str, choices: tuple = (), group: str = "the run"):
+def flag(default: Any, help: str, choices: tuple = (), group: str = "the run") -> Any:
     """A dataclass field that documents itself: `help` is what --help prints, `group` the heading above it."""
     return field(default=default, metadata={"help": help, "choices": choices or None, "group": group})
 
 
-def of_update(default, help: str, choices: tuple = ()):
+def of_update(default: Any, help: str, choices: tuple = ()) -> Any:
     """The same for what `grpo.update` reads."""
     return flag(default, help, choices, "the update (grpo.py)")
 

@@ -22,10 +22,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean, pstdev
 
+from tokenizers import Tokenizer
+
 from config import Config, parse_budgets, parse_stages, reading, reward_names
 from judge import Judge, duels, judge_rows
 from metrics import bleu, copy_rate, count_names, distinct, meteor, repetition, rouge_l, templated, twice
-from model import load
+from model import Transformer, load
 from plumbing.cli import open_console
 from plumbing.compare import refuse_unlike, say_comparison
 from plumbing.evaluation import OWN, find_model, read_flags, say_figures, say_head, say_row
@@ -41,6 +43,7 @@ from rollout import Group, sample
 from squish import ensemble, fits, shorten, size
 from task import (
     CLOSE,
+    Task,
     budgets_of,
     choose_template,
     completion_limit,
@@ -56,7 +59,8 @@ from task import (
 METRICS = {"rouge_l": rouge_l, "meteor": meteor, "bleu": bleu}
 
 
-def fit_posts(model, tokenizer, splits: Sequence[Sequence[Post]], config) -> list[tuple[list[Post], list[list[int]]]]:
+def fit_posts(model: Transformer, tokenizer: Tokenizer, splits: Sequence[Sequence[Post]],
+              config: Config) -> list[tuple[list[Post], list[list[int]]]]:
     """Splits as they were read -> for each (the posts that fit, the longest prompt that each of them may get).
 
     Documents are cut to --max-document, prompts beyond --max-prompt left out, what then does not fit is refused. And
@@ -77,8 +81,8 @@ def fit_posts(model, tokenizer, splits: Sequence[Sequence[Post]], config) -> lis
                            context=model.config.max_position_embeddings) for posts in splits]
 
 
-def complete(model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int, stop_text: str = "",
-             batch: int = 64, temperature: float = 0.0, seed: int = 0, G: int = 1,
+def complete(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[list[int]], max_new_tokens: int,
+             stop_text: str = "", batch: int = 64, temperature: float = 0.0, seed: int = 0, G: int = 1,
              act: Callable | None = None) -> list[Group]:
     """G completions of each prompt, in the prompts' order; greedy unless there is a temperature.
 
@@ -98,8 +102,8 @@ def complete(model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int
     return [groups[i] for i in range(len(prompts))]
 
 
-def evaluate(model, tokenizer, posts: Sequence[Post], config, scorers: Sequence = (), batch: int = 64,
-             samples: int = 0, seed: int = 0, act: Callable | None = None) -> dict:
+def evaluate(model: Transformer, tokenizer: Tokenizer, posts: Sequence[Post], config: Config, scorers: Sequence = (),
+             batch: int = 64, samples: int = 0, seed: int = 0, act: Callable | None = None) -> dict:
     """Summaries of all posts -> what docs/read-your-run.md explains, and the summaries themselves.
 
     Greedy ones, or `samples` of each post, drawn at the run's temperature.
@@ -142,7 +146,7 @@ def evaluate(model, tokenizer, posts: Sequence[Post], config, scorers: Sequence 
     return result | {"summaries": rows}
 
 
-def row_of(group: Group, task, config, tokenizer, g: int = 0) -> dict:
+def row_of(group: Group, task: Task, config: Config, tokenizer: Tokenizer, g: int = 0) -> dict:
     """What is kept of one summary, the g-th of a group that has been scored.
 
     The metrics are computed whatever the reward was: a run that is paid by one of them is judged by the others.

@@ -29,7 +29,7 @@ import os
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -223,7 +223,7 @@ class Judge:
         reply = self.reply(VERSUS, user, "Verdict", 0.0, 0)
         return reply["ends"] if reply else None
 
-    def all(self, what: str, work, items: list) -> dict:
+    def all(self, what: str, work: Callable, items: list) -> dict:
         """{item: its result} of all questions, several at a time; None where there was no answer, or none of use.
 
         A server that will not answer at all ends it with a sentence. What came before is kept.

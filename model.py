@@ -15,7 +15,7 @@ hd head size, L width of LFM2's convolution.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -344,7 +344,7 @@ class Transformer(nn.Module):
         cache.own = memory
         return self.norm(x)
 
-    def packed(self, rows: int, times: int):
+    def packed(self, rows: int, times: int) -> AbstractContextManager[None]:
         """Inside, x W^T with the model's large matrices reads copies that are fast for few rows (`products.packed`)."""
         return packed((*(m.weight for m in self.modules() if isinstance(m, Linear)), self.head), rows, times)
 

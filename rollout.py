@@ -24,7 +24,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model import Cache, Transformer, pad, to_logits
+from model import Cache, ModelConfig, Transformer, pad, to_logits
 from plumbing.prompts import spelt as _spelt
 
 
@@ -192,8 +192,8 @@ def draw(logits: Tensor, noise: Tensor, temperature: float, top_k: int, top_p: f
 # --- what a first reading skips: refusals, random numbers -------------------------------------------------------------
 
 
-def check_request(prompts: Sequence[Tensor], model_config, G: int, max_new_tokens: int, *, temperature: float,
-                  top_p: float, top_k: int) -> None:
+def check_request(prompts: Sequence[Tensor], model_config: ModelConfig, G: int, max_new_tokens: int, *,
+                  temperature: float, top_p: float, top_k: int) -> None:
     """Refuse, with a sentence, what would fail deep inside or say nonsense. (Comparisons with NaN are False.)"""
     if not (G >= 1 and max_new_tokens >= 1 and temperature >= 0 and 0 < top_p <= 1 and top_k >= 0):
         raise ValueError(f"sample needs G and max_new_tokens of at least 1, temperature at least 0, top_p in (0, 1], "

@@ -14,10 +14,11 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from plumbing.folder import write_file
 
@@ -113,7 +114,7 @@ def stream(source: str, splits: dict, split: str, limit: int, counts: Callable[[
 
 
 @contextmanager
-def calm(source: str):
+def calm(source: str) -> Iterator[Any]:
     """`datasets`, without its bars and logs; what it raises in here becomes a sentence."""
     try:
         import datasets

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
+from typing import TextIO
 
 from plumbing.folder import read_json, write_text
 from plumbing.scripts import without_rouge
@@ -281,7 +282,7 @@ def read_rows(path: Path) -> tuple[list[dict], list[int]]:
     return rows, broken
 
 
-def say(text: str, stream=None) -> None:
+def say(text: str, stream: TextIO | None = None) -> None:
     """Print a line. Nobody may be there to read it: `| head` ends, a terminal is closed. The run goes on then."""
     stream = stream or sys.stdout
     try:

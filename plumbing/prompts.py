@@ -36,7 +36,8 @@ def encode_prompt(tokenizer: Tokenizer, text: str, document: str, template: str)
 
 
 @functools.lru_cache(maxsize=8)  # hundreds of marks take longer than a prompt does
-def with_other_names(tokenizer: Tokenizer, size: int, tags: frozenset[str]):
+def with_other_names(tokenizer: Tokenizer, size: int,
+                     tags: frozenset[str]) -> tuple[Tokenizer, frozenset[str], dict, re.Pattern | None]:
     """-> (a tokenizer in which control tokens are spelled with SECRET behind them, those tokens as they were spelled,
     its ids -> the old ids, a pattern of added tokens). `size` is the tokenizer's: one that has grown is made anew.
     """

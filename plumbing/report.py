@@ -138,7 +138,7 @@ def mean(values: list, name: str) -> float | None:
     return value if value is None else float(f"{value:.4g}")
 
 
-def is_number(value) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -163,12 +163,12 @@ def samples_of(samples: list[dict]) -> list[dict]:
     return list(posts.values())[:10]
 
 
-def cut(text) -> str:
+def cut(text: object) -> str:
     text = str(text or "")
     return text if len(text) <= CHARS else text[:CHARS] + " [..]"
 
 
-def as_json(value) -> str:
+def as_json(value: object) -> str:
     def finite(value):
         if isinstance(value, dict):
             return {name: finite(one) for name, one in value.items()}
