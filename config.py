@@ -10,18 +10,19 @@ learning from them), and --beta. The others may stay as they are. docs/real-mode
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from grpo import ADVANTAGES, KINDS, KLS
 from rewards import Reward, parse
 from squish import UNITS
 
 
-def flag(default, help: str, choices: tuple = (), group: str = "the run"):
+def flag(default: Any, help: str, choices: tuple = (), group: str = "the run") -> Any:
     """A dataclass field that documents itself: `help` is what --help prints, `group` the heading above it."""
     return field(default=default, metadata={"help": help, "choices": choices or None, "group": group})
 
 
-def of_update(default, help: str, choices: tuple = ()):
+def of_update(default: Any, help: str, choices: tuple = ()) -> Any:
     """The same for what `grpo.update` reads."""
     return flag(default, help, choices, "the update (grpo.py)")
 
@@ -127,7 +128,8 @@ class Stage:
 
 def parse_stages(texts: tuple[str, ...]) -> list[Stage]:
     """("length:80", "rouge_l+length:80") -> stages with their place in the run. ValueError with a sentence."""
-    stages, first = [], 0
+    stages: list[Stage] = []
+    first = 0
     for text in texts:
         expression, colon, steps = text.rpartition(":")
         if not colon or not steps.isascii() or not steps.isdigit() or int(steps) == 0:

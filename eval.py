@@ -22,10 +22,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean, pstdev
 
+from tokenizers import Tokenizer
+
 from config import Config, parse_budgets, parse_stages, reading, reward_names
 from judge import Judge, duels, judge_rows
 from metrics import bleu, copy_rate, count_names, distinct, meteor, repetition, rouge_l, templated, twice
-from model import load
+from model import Transformer, load
+from plumbing.cli import open_console
 from plumbing.compare import refuse_unlike, say_comparison
 from plumbing.evaluation import OWN, find_model, read_flags, say_figures, say_head, say_row
 from plumbing.folder import find_folder, read_tokenizer, with_words
@@ -40,6 +43,7 @@ from rollout import Group, sample
 from squish import ensemble, fits, shorten, size
 from task import (
     CLOSE,
+    Task,
     budgets_of,
     choose_template,
     completion_limit,
@@ -55,7 +59,8 @@ from task import (
 METRICS = {"rouge_l": rouge_l, "meteor": meteor, "bleu": bleu}
 
 
-def fit_posts(model, tokenizer, splits: Sequence[Sequence[Post]], config) -> list[tuple[list[Post], list[list[int]]]]:
+def fit_posts(model: Transformer, tokenizer: Tokenizer, splits: Sequence[Sequence[Post]],
+              config: Config) -> list[tuple[list[Post], list[list[int]]]]:
     """Splits as they were read -> for each (the posts that fit, the longest prompt that each of them may get).
 
     Documents are cut to --max-document, prompts beyond --max-prompt left out, what then does not fit is refused. And
@@ -76,8 +81,8 @@ def fit_posts(model, tokenizer, splits: Sequence[Sequence[Post]], config) -> lis
                            context=model.config.max_position_embeddings) for posts in splits]
 
 
-def complete(model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int, stop_text: str = "",
-             batch: int = 64, temperature: float = 0.0, seed: int = 0, G: int = 1,
+def complete(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[list[int]], max_new_tokens: int,
+             stop_text: str = "", batch: int = 64, temperature: float = 0.0, seed: int = 0, G: int = 1,
              act: Callable | None = None) -> list[Group]:
     """G completions of each prompt, in the prompts' order; greedy unless there is a temperature.
 
@@ -97,8 +102,8 @@ def complete(model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int
     return [groups[i] for i in range(len(prompts))]
 
 
-def evaluate(model, tokenizer, posts: Sequence[Post], config, scorers: Sequence = (), batch: int = 64,
-             samples: int = 0, seed: int = 0, act: Callable | None = None) -> dict:
+def evaluate(model: Transformer, tokenizer: Tokenizer, posts: Sequence[Post], config: Config, scorers: Sequence = (),
+             batch: int = 64, samples: int = 0, seed: int = 0, act: Callable | None = None) -> dict:
     """Summaries of all posts -> what docs/read-your-run.md explains, and the summaries themselves.
 
     Greedy ones, or `samples` of each post, drawn at the run's temperature.
@@ -133,7 +138,7 @@ def evaluate(model, tokenizer, posts: Sequence[Post], config, scorers: Sequence 
         rows += found
     # Without budgets there is one set of numbers. With them, the plain name is the mean over all, and each budget's own
     # number stands beside it.
-    result = {"n": len(posts), "compared": sum(bool(post.reference) for post in posts)}
+    result: dict[str, float] = {"n": len(posts), "compared": sum(bool(post.reference) for post in posts)}
     for name in next(iter(results.values())):
         result[name] = fmean(means[name] for means in results.values())
         if None not in results:
@@ -141,7 +146,7 @@ def evaluate(model, tokenizer, posts: Sequence[Post], config, scorers: Sequence 
     return result | {"summaries": rows}
 
 
-def row_of(group: Group, task, config, tokenizer, g: int = 0) -> dict:
+def row_of(group: Group, task: Task, config: Config, tokenizer: Tokenizer, g: int = 0) -> dict:
     """What is kept of one summary, the g-th of a group that has been scored.
 
     The metrics are computed whatever the reward was: a run that is paid by one of them is judged by the others.
@@ -149,7 +154,7 @@ def row_of(group: Group, task, config, tokenizer, g: int = 0) -> dict:
     summary = read_answer(group.texts[g], config.template) or ""
     said, false = count_names(summary, task.post.document)
     row = {"id": task.post.id, "summary": summary, "length": content_lengths(group)[g], "target": task.target,
-           "stopped": bool(group.stopped[g]), "reward": group.rewards[g],
+           "stopped": bool(group.stopped[g]), "reward": (group.rewards or [])[g],
            **{f"reward/{name}": values[g] for name, values in group.parts.items()}, "names": said,
            "invented": false / max(1, said), "copy_rate": copy_rate(summary, task.post.document),
            "repetition": repetition(summary), "twice": twice(summary)}
@@ -298,8 +303,7 @@ def material(name: str, args: argparse.Namespace) -> tuple[list[Post], str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command -> its exit code: a table with a row for each model; what a user can mend is one sentence."""
-    # A console that cannot show "±" or an emoji should not end the command, not even --help.
-    sys.stdout.reconfigure(errors="replace")
+    open_console()  # one that cannot show "±" or an emoji should not end the command, not even --help
     args = read_command(argv)
     tasks, found, comparing = {}, {}, False
     try:
@@ -322,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
                     Path(args.out))
         if args.comparing:
             say_comparison(found, {name: find_model(name)[1] for name in found}, Path(args.out),
-                           (lambda triples: duels(judge, triples)) if args.duels else None)
+                           (lambda triples: duels(judge, triples)) if judge and args.duels else None)
     except (ValueError, OSError, Full) as e:
         print(f"eval.py: {e}", file=sys.stderr)
         return 1

@@ -326,7 +326,7 @@ def micro_batch_loss(model: Transformer, ref_model: Transformer | None, m: Micro
         # is that of another distribution. It serves as an alarm: where the gap is large, one of the two is wrong.
         m.old_logp = logp.detach()  # [b, g, T]
         m.logp_gap = (m.old_logp - m.sampler_logp).abs().max().item()
-        if whole["beta"]:
+        if whole["beta"] and ref_model is not None:
             # Under LoRA the ref_model is the policy itself without its adapters: no second copy.
             with torch.no_grad(), ref_model.adapters_off():
                 m.ref_logp, _ = group_logprobs(ref_model, m.prompts, m.tokens, m.mask, config.temperature)  # [b, g, T]

@@ -28,8 +28,8 @@ import math
 import os
 import re
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -136,7 +136,7 @@ def digits_at_the_score(reply: dict, score: str) -> dict[str, float] | None:
     for i in range(len(tokens) - 1, -1, -1):
         said, before = tokens[i][0], "".join(token for token, _ in tokens[max(0, i - 8):i])
         if said.strip() == score and re.search(r"score\W*$", before, re.IGNORECASE):
-            p: Counter = Counter()
+            p: dict[str, float] = defaultdict(float)
             for token, logp in tokens[i][1].items():
                 if token.strip() in ("1", "2", "3", "4", "5"):  # with a blank before it, and without
                     p[token.strip()] += math.exp(min(0.0, logp))
@@ -172,7 +172,7 @@ class Judge:
             raise ValueError(f"--judge {name} names no model: write URL#MODEL, like http://localhost:11434/v1#qwen3:8b.")
         self.name, self.replies, self.jobs, self.prices = name, replies, jobs, prices
         self.server = connect(url.rstrip("/"), model, os.environ.get("OPENAI_API_KEY", ""))
-        self.settings = {"max_tokens": max_tokens, "seconds": seconds}
+        self.settings: dict = {"max_tokens": max_tokens, "seconds": seconds}
         self.kept = Kept(Path(cache) if cache else None)
         self.tells: bool | None = None  # whether the server tells probabilities: its first answer shows it
 
@@ -221,9 +221,9 @@ class Judge:
         """"A" or "B", the better of two summaries in this order; None where there is no verdict."""
         user = "\n\n".join([fenced("document", document), fenced("summary-A", a), fenced("summary-B", b), WHICH])
         reply = self.reply(VERSUS, user, "Verdict", 0.0, 0)
-        return reply and reply["ends"]
+        return reply["ends"] if reply else None
 
-    def all(self, what: str, work, items: list) -> dict:
+    def all(self, what: str, work: Callable, items: list) -> dict:
         """{item: its result} of all questions, several at a time; None where there was no answer, or none of use.
 
         A server that will not answer at all ends it with a sentence. What came before is kept.
@@ -246,7 +246,7 @@ class Judge:
 
     def cost(self) -> dict:
         """What was asked since this process began: answers, tokens, and dollars where prices are known."""
-        used = dict(self.server.used)
+        used: dict[str, float] = dict(self.server.used)
         if self.prices:
             used["dollars"] = (used.get("prompt_tokens", 0) * self.prices[0]
                                + used.get("completion_tokens", 0) * self.prices[1]) / 1e6
@@ -267,9 +267,9 @@ def judged(judge: Judge, pairs: Sequence[tuple[str, str]], repeat: int = 0) -> l
     found = judge.all("score", judge.score, items)
     rows = []
     for document, summary in pairs:
-        blank = {"score": 0.0, "mass": None, "method": "blank", "temperature": None}
+        blank: dict = {"score": 0.0, "mass": None, "method": "blank", "temperature": None}
         each = {name: found[name, document, summary, repeat] if summary.strip() else blank for name in CRITERIA}
-        row = {name: one and one["score"] for name, one in each.items()}
+        row: dict = {name: one and one["score"] for name, one in each.items()}
         there = [one for one in each.values() if one]
         whole = len(there) == len(CRITERIA)
         rows.append({**row, "composite": sum(row.values()) if whole else None,

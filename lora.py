@@ -82,7 +82,7 @@ def merge_lora(model: Transformer) -> None:
     model.requires_grad_(True)
 
 
-def save_adapters(model: Transformer, path: str | Path, base: str = "") -> None:
+def save_adapters(model: Transformer, path: str | Path, base: str | Path = "") -> None:
     """Write the adapters alone, in PEFT's format; `base` is the hub name or folder of the model that they belong to.
 
     adapter_config.json says how to compute them, adapter_model.safetensors holds A and B of each projection. Raises
@@ -121,6 +121,6 @@ def load_adapters(model: Transformer, path: str | Path) -> None:
     for name, (scale, A, B) in found.items():  # A [rank, in], B [out, rank]; each projection may have a rank of its own
         m = layers[name]
         m.lora_scale = scale
-        m.lora_A, m.lora_B = (nn.Parameter(factor.to(m.lora_A)) for factor in (A, B))
+        m.lora_A, m.lora_B = (nn.Parameter(factor.to(m.weight.device, torch.float32)) for factor in (A, B))
 
 # Next: squish.py, a reward without references

@@ -31,7 +31,8 @@ def _tokens(text: str) -> list[str]:
 @lru_cache(maxsize=1024)  # all G completions of a group, and every later epoch, meet the same reference
 def _where(reference: str) -> tuple[int, dict[str, int]]:
     """Number of tokens, and for each token an integer whose bit j says "reference token j is this one"."""
-    tokens, where = _tokens(reference), {}
+    tokens = _tokens(reference)
+    where: dict[str, int] = {}
     for j, token in enumerate(tokens):
         where[token] = where.get(token, 0) | 1 << j
     return len(tokens), where
@@ -89,7 +90,8 @@ def _matches(candidate: str, reference: str) -> tuple[int, int, list[int], list[
 
     An n-gram matches at most as often as it stands in the reference, or "the the the" would be perfect.
     """
-    words, correct, total = words_13a(candidate), [], []
+    words, total = words_13a(candidate), []
+    correct: list[int] = []
     for n, there in enumerate(_counts(reference), 1):
         total.append(max(0, len(words) - n + 1))
         # Few n-grams are found, and only those are worth counting. No pair found: no triple can be.
@@ -101,7 +103,7 @@ def _matches(candidate: str, reference: str) -> tuple[int, int, list[int], list[
     return len(words), len(words_13a(reference)), correct, total
 
 
-def _bleu(c: int, r: int, correct: list[float], total: list[float], smooth: str, effective: bool) -> float:
+def _bleu(c: int, r: int, correct: Sequence[float], total: Sequence[float], smooth: str, effective: bool) -> float:
     """The formula of `bleu`, from counts that belong to one text or are summed over many."""
     if smooth not in ("none", "exp", "floor", "add-k"):
         raise ValueError(f"there is no BLEU smoothing {smooth!r}: choose none, exp, floor or add-k.")
@@ -183,7 +185,7 @@ def _align(candidate: Sequence[str], reference: Sequence[str]) -> list[tuple[int
             places.setdefault(word, []).append(j)
         for i, word in reversed(list(left.items())):
             if stage == "synonym":
-                word = max(places.keys() & synonyms(word), key=lambda k: places[k][-1], default=None)
+                word = max(places.keys() & synonyms(word), key=lambda k: places[k][-1], default="")
             if word in places:
                 j = places[word].pop()
                 if not places[word]:

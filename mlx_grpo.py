@@ -11,8 +11,7 @@ advantages, micro-batches) is imported from the torch files. Comments here say o
 4. A boolean mask cannot pick elements. Which ones are meant comes from numpy, as indices.
 5. An index that is too large is not refused: it reads whatever lies there. So ids are checked before (rollout.py).
 
-Shapes: B prompts, G completions a prompt, T completion tokens (padded on the right), P prompt tokens, D hidden size, V
-vocabulary; b of the B prompts and g of the G completions are in one micro-batch; M positions, n words of one slice.
+Shapes: those of `grpo.py`; V vocabulary, M positions, n words of one slice.
 """
 
 from collections import defaultdict
@@ -194,8 +193,9 @@ def learn(model, ref_model, m: MicroBatch, config, whole: dict, gradient: dict |
             (loss, seen, logp), found = mx.value_and_grad(loss_of)(now)
     finally:
         set_weights(model, now)
-    for name, g in found.items():
-        gradient[name] = gradient[name] + g if name in gradient else g
+    if gradient is not None:
+        for name, g in found.items():
+            gradient[name] = gradient[name] + g if name in gradient else g
     mx.eval(loss, seen, logp, gradient or {})
     if m.old_logp is None:
         m.old_logp = logp  # [b, g, T]

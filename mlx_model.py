@@ -7,12 +7,10 @@ each backend reads the folders of the other, and one seed gives the same tokens 
 MLX in four sentences. A line only notes what is to be computed: `mx.eval`, or looking at a number, computes it. Arrays
 cannot be read through a mask of bools, and an index out of bounds goes unnoticed, so whatever decides shapes (masks,
 lengths, indices) is numpy here. Nothing carries a gradient unless `mx.value_and_grad` asks for one. CPU and GPU share
-their memory: there is no device to name.
-
-Shapes: those of `model.py`; R = H / K query heads read one key/value head.
+their memory: there is no device to name. (Shapes: `model.py`'s; R = H / K query heads read one key/value head.)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -212,7 +210,7 @@ class Cache:
             self.lengths = self.lengths.repeat(G)  # [N]
         return self
 
-    def keep(self, prompts: Sequence[int], rows: Sequence[int]) -> None:
+    def keep(self, prompts: np.ndarray | torch.Tensor, rows: np.ndarray | torch.Tensor) -> None:
         """Drop what is finished: keep these prompts [B'] and these rows [N'] (B' groups of equal size, in order)."""
         def pick(layer, index):
             return tuple(mx.take(x, mx.array(index), 0) for x in layer)
@@ -264,7 +262,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.raw_config = self.sidecars = MappingProxyType({})  # read only: a plain dict would count as parameters
+        self.raw_config: Mapping = MappingProxyType({})  # read only: a plain dict would count as parameters
+        self.sidecars: Mapping[str, bytes] = MappingProxyType({})
         self.checkpointing = False  # compute each layer again in backward; set it where there is one, and only there
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Layer(config, kind) for kind in config.layer_types]
@@ -385,7 +384,7 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
         logp[rows, t] = token_logp.where(live, 0.0)
         mask[rows, t] = live
         ends = live & torch.isin(token, stop)  # [n]
-        if stop_text:
+        if stop_text and tokenizer is not None:
             spelt = torch.tensor(_spelt(tokenizer, stop_text, tokens[rows, :t + 1])).where(live & ~ends, 0)  # [n]
             ending[rows] += spelt
             ends |= spelt > 0
@@ -400,8 +399,8 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
         logits = to_torch(logits)  # [n, V]
     mx.clear_cache()  # MLX keeps freed memory by its size, and these sizes come once
 
-    ending = ending if stop_text else None  # [N]
-    return split(prompts, G, tokenizer, tokens=tokens, mask=mask, logp=logp, stopped=stopped, ending=ending)
+    return split(prompts, G, tokenizer, tokens=tokens, mask=mask, logp=logp, stopped=stopped,
+                 ending=ending if stop_text else None)
 
 
 def read_prompts(model: Transformer, prompts: Sequence, cache: Cache, head: mx.array) -> mx.array:

@@ -15,7 +15,7 @@ hd head size, L width of LFM2's convolution.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,13 +55,13 @@ class Linear(nn.Linear):
 
     def __init__(self, size_in: int, size_out: int, bias: bool):
         super().__init__(size_in, size_out, bias)
-        self.register_parameter("lora_A", None)  # [rank, in] once there is an adapter
-        self.register_parameter("lora_B", None)  # [out, rank]
+        self.lora_A: nn.Parameter | None = None  # [rank, in] once there is an adapter
+        self.lora_B: nn.Parameter | None = None  # [out, rank]
         self.lora_scale, self.lora_on = 0.0, True  # alpha / rank; whether the adapter is used
 
     def forward(self, x: Tensor) -> Tensor:
         y = linear(x, self.weight, self.bias)  # [..., out]: F.linear, or what this machine does faster
-        if self.lora_A is None or not self.lora_on:
+        if self.lora_A is None or self.lora_B is None or not self.lora_on:
             return y
         # In the adapter's own precision: it is float32 over bf16 weights, or small updates would be rounded away.
         down = F.linear(x.to(self.lora_A.dtype), self.lora_A) * self.lora_scale  # [..., rank]
@@ -69,7 +69,7 @@ class Linear(nn.Linear):
 
     def merged(self) -> Tensor:
         """W + alpha/rank B A [out, in], in the adapter's float32, for bf16 would lose it; without an adapter, W."""
-        if self.lora_A is None:
+        if self.lora_A is None or self.lora_B is None:
             return self.weight
         return self.weight.to(self.lora_A.dtype) + self.lora_scale * self.lora_B @ self.lora_A
 
@@ -189,7 +189,7 @@ class ShortConv(nn.Module):
         if mask is None:
             last = g[:, T:]  # [N, L-1, D]
         else:
-            y = torch.zeros_like(y).scatter(1, order, y)  # [N, T, D], back to where the tokens stand
+            y = g.new_zeros(N, T, D).scatter(1, order, y)  # [N, T, D], back to where the tokens stand
             at = mask.sum(1, keepdim=True) + torch.arange(L - 1, device=x.device)  # [N, L-1]
             last = g.gather(1, at[..., None].expand(N, L - 1, D))  # [N, L-1, D]
         return self.out_proj(c * y), (last,)
@@ -344,7 +344,7 @@ class Transformer(nn.Module):
         cache.own = memory
         return self.norm(x)
 
-    def packed(self, rows: int, times: int):
+    def packed(self, rows: int, times: int) -> AbstractContextManager[None]:
         """Inside, x W^T with the model's large matrices reads copies that are fast for few rows (`products.packed`)."""
         return packed((*(m.weight for m in self.modules() if isinstance(m, Linear)), self.head), rows, times)
 

@@ -24,7 +24,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model import Cache, Transformer, pad, to_logits
+from model import Cache, ModelConfig, Transformer, pad, to_logits
 from plumbing.prompts import spelt as _spelt
 
 
@@ -96,7 +96,7 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
             logp[rows, t] = token_logp.where(live, 0.0)
             mask[rows, t] = live  # made with the tokens: token 0 may be sampled, and padding is 0 too
             ends = live & torch.isin(token, stop)  # [n]
-            if stop_text:  # several tokens may spell it, and not always the same ones: it is looked for in the text
+            if stop_text and tokenizer is not None:  # several tokens may spell it, and not always the same ones
                 spelt = torch.tensor(_spelt(tokenizer, stop_text, tokens[rows, :t + 1]), device=device)  # [n]
                 spelt = spelt.where(live & ~ends, 0)  # [n]
                 ending[rows] += spelt
@@ -110,8 +110,8 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
             alive, rows, token = drop_finished(cache, alive, left, rows, token)  # [b, g], [n], [n]
             logits = to_logits(model.hidden(token[:, None], cache)[:, 0], model.head)  # [n, V]
 
-    ending = ending if stop_text else None  # [N]
-    return split(prompts, G, tokenizer, tokens=tokens, mask=mask, logp=logp, stopped=stopped, ending=ending)
+    return split(prompts, G, tokenizer, tokens=tokens, mask=mask, logp=logp, stopped=stopped,
+                 ending=ending if stop_text else None)
 
 
 def read_prompts(model: Transformer, prompts: Sequence[Tensor], cache: Cache) -> Tensor:
@@ -123,7 +123,7 @@ def read_prompts(model: Transformer, prompts: Sequence[Tensor], cache: Cache) ->
     return to_logits(last, model.head)
 
 
-def drop_finished(cache: Cache, alive: Tensor, left: list[int], rows: Tensor, token: Tensor):
+def drop_finished(cache, alive: Tensor, left: list[int], rows: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """alive [b, g], rows and token [n], and how many rows of each prompt are left -> all three, of a smaller batch.
 
     The batch stays a rectangle, b prompts with g rows each. Prompts without a living row go. Then g becomes the most
@@ -192,8 +192,8 @@ def draw(logits: Tensor, noise: Tensor, temperature: float, top_k: int, top_p: f
 # --- what a first reading skips: refusals, random numbers -------------------------------------------------------------
 
 
-def check_request(prompts: Sequence[Tensor], model_config, G: int, max_new_tokens: int, *, temperature: float,
-                  top_p: float, top_k: int) -> None:
+def check_request(prompts: Sequence[Tensor], model_config: ModelConfig, G: int, max_new_tokens: int, *,
+                  temperature: float, top_p: float, top_k: int) -> None:
     """Refuse, with a sentence, what would fail deep inside or say nonsense. (Comparisons with NaN are False.)"""
     if not (G >= 1 and max_new_tokens >= 1 and temperature >= 0 and 0 < top_p <= 1 and top_k >= 0):
         raise ValueError(f"sample needs G and max_new_tokens of at least 1, temperature at least 0, top_p in (0, 1], "

@@ -179,7 +179,7 @@ def squish(model: Transformer, tokenizer: Tokenizer, document: str, summaries: S
     if not kept or whole <= 0:
         return [0.0] * len(fit)
     left = token_bits(model, tokenizer, document, kept, micro_tokens).double().sum(-1).tolist()  # I(d|s)
-    value = {s: (whole - bits) / whole for s, bits in zip(kept, left)}
+    value: dict[str | None, float] = {s: (whole - bits) / whole for s, bits in zip(kept, left)}
     return [value.get(s, 0.0) for s in fit]
 
 

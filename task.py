@@ -17,7 +17,7 @@ Shapes: B prompts, G completions a prompt (the group), P prompt tokens.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -91,7 +91,7 @@ def opens_tag(template: str) -> bool:
     return template_text(template).rstrip().endswith("<summary>")
 
 
-def choose_template(model: Transformer, tokenizer: Tokenizer, reward_names: Sequence[str] = ()) -> str:
+def choose_template(model: Transformer, tokenizer: Tokenizer, reward_names: Iterable[str] = ()) -> str:
     """The template that fits the model, where --template names none.
 
     A reward that a model measures (SQUISH) asks for budgets. Else a chat model is one that ends with `<|im_end|>`;
@@ -157,7 +157,7 @@ def make_task(tokenizer: Tokenizer, post: Post, config: Config, budget: float | 
 
 def budgets_of(config: Config) -> list[float | int | None]:
     """The budgets that tasks are drawn from; [None] where the template knows none."""
-    return parse_budgets(config.budgets) if has_budget(config.template) else [None]
+    return [*parse_budgets(config.budgets)] if has_budget(config.template) else [None]
 
 
 def tasks_of(posts: Sequence[Post], step: int, config: Config, tokenizer: Tokenizer) -> list[Task]:
@@ -191,9 +191,9 @@ def completion_limit(tokenizer: Tokenizer, posts: Sequence[Post], config: Config
         return config.max_new_tokens
     limit = 2 * config.target
     if has_budget(config.template):
-        most = 0.0
+        budgets, most = parse_budgets(config.budgets), 0.0
         for document in {post.document for post in posts}:
-            room = max(allowance(tokenizer, document, budget, config.budget_unit) for budget in budgets_of(config))
+            room = max(allowance(tokenizer, document, budget, config.budget_unit) for budget in budgets)
             if config.budget_unit == "chars":  # a language may take many tokens for few characters
                 room *= len(encode(tokenizer, document).ids) / len(document)
             most = max(most, room)
@@ -243,15 +243,16 @@ def score(groups: Sequence[Group], tasks: Sequence[Task], reward: Reward, config
     It reads texts and lengths and sets plain floats, so groups may come from any sampler. `scorers`: the (model,
     tokenizer) pairs that measure the rewards in NEED_MODEL.
     """
-    summaries, lengths = [], []
+    summaries, lengths, rewards = [], [], []
     for group, task in zip(groups, tasks):
         summaries.append(score_group(group, task, reward, config, scorers))
         lengths.append(content_lengths(group))
+        rewards.append(group.rewards or [])
     # What compares is a mean over the posts that have a summary of their own, where there are any.
     compares = not NEED_REFERENCE.isdisjoint(reward.names)
     paid = [group for group, task in zip(groups, tasks) if task.post.reference or not compares] or groups
-    line = {"reward": fmean(value for group in paid for value in group.rewards),
-            "reward_std": fmean(float(np.std(group.rewards, ddof=min(1, len(group.rewards) - 1))) for group in groups)}
+    line = {"reward": fmean(value for group in paid for value in group.rewards or ()),
+            "reward_std": fmean(float(np.std(each, ddof=min(1, len(each) - 1))) for each in rewards)}
     for name in groups[0].parts:
         line[f"reward/{name}"] = fmean(value for group in paid for value in group.parts[name])
     return {**line, "length": fmean(n for group in lengths for n in group),
@@ -271,7 +272,7 @@ def score_group(group: Group, task: Task, reward: Reward, config: Config, scorer
     if "squish" in reward.names and scorers:
         measured["squish"] = ensemble(scorers, document, found, task.budget, config.budget_unit)
     if "cost" in reward.names and scorers:
-        measured["cost"] = [fmean(values) for values in zip(*(cost(*scorer, document, found) for scorer in scorers))]
+        measured["cost"] = [fmean(values) for values in zip(*(cost(m, words, document, found) for m, words in scorers))]
     group.rewards, group.parts = reward(texts, content_lengths(group), task.post.reference, task.target, document,
                                         measured)
     group.weights = dict(reward.terms)
@@ -319,16 +320,15 @@ def on_target(summaries: Sequence[list[str]], lengths: Sequence[list[int]], task
     the summaries that there are, as a share of the budget. With tags also `missing`.
     """
     every = [(text, n, task) for texts, ns, task in zip(summaries, lengths, tasks) for text, n in zip(texts, ns)]
-    shares = {}
     if has_budget(config.template):
         over, used = [], []
         for text, _, task in every:
             over.append(bool(text) and not fits(tokenizer, task.post.document, text, task.budget, config.budget_unit))
             if text:
                 used.append(size(tokenizer, text, config.budget_unit) / max(1, task.target))
-        shares |= {"over": fmean(over), "used": fmean(used or [0.0])}
+        shares = {"over": fmean(over), "used": fmean(used or [0.0])}
     else:
-        shares |= within([n for _, n, _ in every], [task.target for _, _, task in every])
+        shares = within([n for _, n, _ in every], [task.target for _, _, task in every])
     if has_tag(config.template):
         shares["missing"] = fmean(not text for text, _, _ in every)
     return shares

@@ -25,7 +25,7 @@ import task
 from config import Config, Stage, check, parse_stages, reading, reward_names
 from eval import evaluate, fit_posts
 from lora import add_lora, merge_lora, save_adapters
-from model import Cache, load, pad, save
+from model import Cache, Transformer, load, pad, save
 from plumbing import memory
 from plumbing.adamw import AdamW, spare_norms
 from plumbing.checkpoint import kept_when_alone, load_checkpoint, made_of, save_checkpoint, stage_copy
@@ -209,14 +209,14 @@ def frozen_models(config: Config, stages: list[Stage], model, tokenizer) -> tupl
     return start if config.beta > 0 else None, scorers
 
 
-def frozen_copy_of_stage(folder: Path, model, stage: Stage, begins: bool):
+def frozen_copy_of_stage(folder: Path, model: Transformer, stage: Stage, begins: bool) -> Transformer:
     """The policy as it was when the stage began: the reference model under --stage-ref previous."""
     ref_model = stage_copy(folder / "checkpoint" / f"stage-{stage.number}.pt", model, begins)
     merge_lora(ref_model)  # its adapters are part of it: they must not go off with the policy's
     return ref_model.requires_grad_(False)
 
 
-def make_fast_or_small(config: Config, model, ref_model) -> None:
+def make_fast_or_small(config: Config, model: Transformer, ref_model: Transformer | None) -> None:
     """--compile, or a heap that gives back what is free. Neither changes a result beyond rounding."""
     if config.compile:
         for layer in {*model.layers, *(ref_model.layers if ref_model else ())}:
@@ -255,7 +255,7 @@ def rehearse_largest_step(model, ref_model, longest_prompts: list[list[int]], co
                     new_tokens=T, micro_tokens=config.micro_tokens, checkpointing=config.checkpointing, free=free)
 
 
-def make_optimizer(config: Config, model) -> torch.optim.Optimizer:
+def make_optimizer(config: Config, model: Transformer) -> torch.optim.Optimizer:
     """AdamW over what is trained: all weights, or under LoRA the adapters.
 
     --lean keeps weights and moments in bfloat16 and needs an AdamW that rounds at random, or small updates would be

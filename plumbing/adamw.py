@@ -34,12 +34,12 @@ class AdamW(torch.optim.Optimizer):
     number of the step, so a resumed run rounds as the undisturbed one did.
     """
 
-    def __init__(self, parameters, lr: float, betas=(0.9, 0.99), eps: float = 1e-8, weight_decay: float = 0.0,
-                 seed: int = 0):
+    def __init__(self, parameters: Iterable, lr: float, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-8,
+                 weight_decay: float = 0.0, seed: int = 0):
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # torch's may be given a function, for methods that try twice
         number = -1  # of the parameter, over all groups
         for group in self.param_groups:
             b1, b2 = group["betas"]

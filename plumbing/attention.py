@@ -31,7 +31,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, prompt: Sequ
         return attend(q.float(), k.float(), v.float(), allowed, prompt, prompt_mask).to(q.dtype)
     (N, H, T, hd), (_, K, S, _) = q.shape, k.shape
     if prompt and T == 1:
-        return attend_once(q, k, v, allowed, *prompt, prompt_mask)
+        return attend_once(q, k, v, allowed, prompt[0], prompt[1], prompt_mask)
     if prompt:
         B, _, P, _ = prompt[0].shape
         k, v = (torch.cat([p[:, None].expand(B, N // B, K, P, hd), own.reshape(B, N // B, K, S, hd)], 3).flatten(0, 1)

@@ -8,12 +8,13 @@ import copy
 import hashlib
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.optim import Optimizer
 
 from plumbing import words
 from plumbing.folder import file_parameters, read_json, write_file
@@ -22,7 +23,7 @@ from plumbing.log import read_lines
 LAST, BEFORE = "state.pt", "previous.pt"
 
 
-def save_checkpoint(folder: Path, model, optimizer, step: int) -> None:
+def save_checkpoint(folder: Path, model, optimizer: Optimizer, step: int) -> None:
     """All that a run is: weights, moments, step. Posts and completions follow from the seed and the step.
 
     The checkpoint before it stays. Disks break, and one file is one chance.
@@ -62,7 +63,7 @@ def check_that_it_can_go_on(folder: Path) -> None:
 
 
 @contextmanager
-def kept_when_alone(folder: Path, model, optimizer, step: int):
+def kept_when_alone(folder: Path, model, optimizer: Optimizer, step: int) -> Iterator[None]:
     """Inside, a server may stay away. Then the run ends, but not without a checkpoint of the `step` steps it has."""
     try:
         yield
@@ -72,7 +73,7 @@ def kept_when_alone(folder: Path, model, optimizer, step: int):
                               f"python train.py --run {folder.name} --resume") from e
 
 
-def read_state(path: Path, device) -> dict:
+def read_state(path: Path, device: torch.device) -> dict:
     """A file of torch.save. It is a zip archive: its checksums tell whether a bit of it has changed."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -87,7 +88,7 @@ def read_state(path: Path, device) -> dict:
         raise ValueError(f"{path} is damaged ({why}). {advice}.") from e
 
 
-def load_checkpoint(folder: Path, model, optimizer) -> int:
+def load_checkpoint(folder: Path, model, optimizer: Optimizer) -> int:
     """Bring model and optimizer to where the run was left; returns the step. 0 where it never came to a checkpoint."""
     path = find_checkpoint(folder)
     if path is None:

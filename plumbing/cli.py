@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
+from typing import NoReturn
 
 from filelock import FileLock, Timeout
 
@@ -24,7 +25,7 @@ FREE = ("micro_tokens", "checkpointing", "save_every", "print_every", "backend")
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"train.py: {message}. See python train.py --help.\n")
 
 
@@ -145,7 +146,7 @@ class Stop:
     and a terminal that is closed (SIGHUP) end it after its step, too; they often signal twice, which means no more.
     """
 
-    def __enter__(self):
+    def __enter__(self) -> "Stop":
         self.asked, self.before = False, {}
         if threading.current_thread() is threading.main_thread():  # no other thread hears signals
             for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):  # no system has all of them

@@ -55,7 +55,7 @@ def compare(small: nn.Module, prompt: Sequence[int], sample: Callable, group_log
                        f"library.")
 
 
-def first_layers(model: nn.Module) -> nn.Module:
+def first_layers(model):
     """The model with two of its layers, one of each kind where there are two kinds. It shares their weights."""
     kinds = list(model.config.layer_types)
     chosen = sorted({kinds.index(kind) for kind in kinds})[:2]

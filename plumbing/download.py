@@ -32,7 +32,8 @@ def fetch(name: str, files: Sequence[str]) -> Path:
     """The folder of a repository's files that have these names."""
     from huggingface_hub import snapshot_download  # comes with tokenizers; slow to import, needed for names only
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-    for wait in (1, 4, 16, None):  # seconds
+    waits = iter((1, 4, 16))  # seconds
+    while True:
         try:
             return Path(snapshot_download(name, allow_patterns=list(files)))
         except GatedRepoError as e:
@@ -43,11 +44,11 @@ def fetch(name: str, files: Sequence[str]) -> Path:
                           f"spelling; if it is private, log in with 'hf auth login' or set HF_TOKEN.") from e
         except Exception as e:  # offline, a full disk, a broken answer: many types, as versions go
             status = getattr(getattr(e.__cause__ or e, "response", None), "status_code", None)
-            if wait and status in (429, 500, 502, 503, 504):
+            if status in (429, 500, 502, 503, 504) and (wait := next(waits, None)):
                 print(f"{name}: the hub answers {status}; trying again in {wait} s.", file=sys.stderr, flush=True)
                 time.sleep(wait)
                 continue
-            if errno.errorcode.get(getattr(e, "errno", None)) in ("ENOSPC", "EDQUOT", "EFBIG"):
+            if isinstance(e, OSError) and errno.errorcode.get(e.errno or 0) in ("ENOSPC", "EDQUOT", "EFBIG"):
                 raise OSError(f"There is no room for {name} ({e.strerror}): free some space, or set HF_HOME to a "
                               f"folder on a larger disk. The files that are whole are kept.") from e
             why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__

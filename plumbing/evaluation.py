@@ -1,8 +1,9 @@
 """The command line of eval.py, and what it prints and writes."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from plumbing.folder import read_json, write_text
 from plumbing.posts import TINY
@@ -27,7 +28,7 @@ OWN = {"max_new_tokens": "where a summary is cut; 0: twice the target", "templat
        "document_field": "field that holds the text", "summary_field": "field that holds the summary",
        "min_chars": "leave out posts of fewer characters; from 1 on also rows without a text",
        "max_document": "cut documents to this many tokens", "max_prompt": "leave out posts of longer prompts"}
-FLAGS = {  # of the command itself: type, default, help
+FLAGS: dict[str, tuple[Callable, Any, str]] = {  # of the command itself: type, default, help
     "data": (str, None, "posts: tiny, a folder, a file or a hub data set (default: the run's own, or tiny)"),
     "split": (str, None, "which split of a folder or hub data set (default: test, or what the run held out where there "
                          "is none)"),

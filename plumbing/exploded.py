@@ -5,13 +5,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from plumbing.checkpoint import load_checkpoint
 
 
 @contextmanager
-def explained(folder: Path, model: torch.nn.Module, tokenizer, optimizer: torch.optim.Optimizer, *, groups: Sequence,
-              config, step: int, save: Callable) -> Iterator[None]:
+def explained(folder: Path, model: torch.nn.Module, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, *,
+              groups: Sequence, config, step: int, save: Callable) -> Iterator[None]:
     """Around the update of step + 1: if it explodes, the weights of the last checkpoint go into model/ by `save`, and
     the FloatingPointError says where they are and what to change."""
     try:

@@ -15,7 +15,7 @@ def read_sum(expression: str, known: Sequence[str]) -> tuple[tuple[str, float], 
     def refuse(wrong: str, mend: str) -> NoReturn:
         raise ValueError(f"reward expression {expression!r}: {wrong}; {mend}.")
 
-    terms = [("+", [])]
+    terms: list[tuple[str, list[str]]] = [("+", [])]
     for piece in _PIECE.findall(expression):
         if piece in ("+", "-"):
             terms.append((piece, []))

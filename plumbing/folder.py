@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,20 +44,31 @@ NAMES = {
 }
 
 
+class HasConfig(Protocol):
+    """A model of the story's, torch's or MLX's: plumbing does not import those."""
+
+    config: ModelConfig
+
+
+M = TypeVar("M", bound=HasConfig)
+
+
 def file_name(name: str, family: str) -> str:
     """What a module or parameter of the model is called in files, and by who trains it (`--lora-targets w1`).
 
     >>> file_name("layers.0.mlp.gate_proj.weight", "lfm2")
     'layers.0.feed_forward.w1.weight'
     """
-    layer, path = re.fullmatch(r"(layers\.\d+\.)?(.*)", name).groups("")
+    found = re.match(r"layers\.\d+\.", name)
+    layer = found[0] if found else ""
+    path = name.removeprefix(layer)
     for module in (path, path.rpartition(".")[0]):
         if module in NAMES:
             return layer + NAMES[module][family == "lfm2"] + path.removeprefix(module)
     return name
 
 
-def file_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def file_parameters(model) -> dict[str, nn.Parameter]:
     """The model's parameters, in its own order, by their names in files."""
     return {file_name(name, model.config.model_type): p for name, p in model.named_parameters()}
 
@@ -123,7 +135,7 @@ def weight_files(folder: Path) -> list[str]:
     if (folder / "model.safetensors").exists() or not index.exists():
         return ["model.safetensors"]
     weight_map = read_json(index).get("weight_map")
-    names = weight_map.values() if isinstance(weight_map, dict) else [None]
+    names: list = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
     if not weight_map or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{index} has no 'weight_map' from tensors to files: copy or download it again.")
     outside = [name for name in names if PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts]
@@ -189,8 +201,8 @@ def open_folder(name_or_path: str | Path) -> tuple[Path, dict, ModelConfig, Toke
     folder = find_folder(name_or_path)
     refuse_other_folders(folder)
     raw = read_json(folder / "config.json")
-    generation = folder / "generation_config.json"
-    generation = read_json(generation) if generation.exists() else None
+    said = folder / "generation_config.json"
+    generation = read_json(said) if said.exists() else None
     config = read_config(raw, str(folder / "config.json"), generation)
     tokenizer = read_tokenizer(folder)
     if tokenizer is not None:
@@ -198,12 +210,12 @@ def open_folder(name_or_path: str | Path) -> tuple[Path, dict, ModelConfig, Toke
     return folder, raw, config, tokenizer
 
 
-def read_model(model_class: Callable[[ModelConfig], nn.Module], name_or_path: str | Path, device: str | None,
-               dtype: torch.dtype | None) -> tuple[nn.Module, Tokenizer | None]:
+def read_model(model_class: Callable[[ModelConfig], M], name_or_path: str | Path, device: str | None,
+               dtype: torch.dtype | None) -> tuple[M, Tokenizer | None]:
     """What `model.load` promises, with `model_class(config)` to be filled."""
     folder, raw, config, tokenizer = open_folder(name_or_path)
     with torch.device("meta"):  # shapes only: no time spent on random numbers that the file replaces
-        model = model_class(config)
+        model: Any = model_class(config)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -269,7 +281,7 @@ def with_own_marks(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -> M
     return replace(config, bos_token_id=bos, eos_token_ids=stops)
 
 
-def with_words(name: str | Path, model: nn.Module, tokenizer: Tokenizer | None) -> tuple[nn.Module, Tokenizer]:
+def with_words(name: str | Path, model: M, tokenizer: Tokenizer | None) -> tuple[M, Tokenizer]:
     """(model, tokenizer) of a folder for whoever reads and writes text with them. ValueError where that cannot be."""
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer.json, so its tokens cannot be read: copy it there from the model "
@@ -284,7 +296,7 @@ def with_words(name: str | Path, model: nn.Module, tokenizer: Tokenizer | None) 
     return model, tokenizer
 
 
-def can_stop(name: str | Path, model: nn.Module) -> None:
+def can_stop(name: str | Path, model: HasConfig) -> None:
     """ValueError where no token ends a completion: all would be cut, be equally long, and teach nothing."""
     stops, rows = model.config.eos_token_ids, model.config.vocab_size
     beyond = [i for i in stops if i >= rows]
@@ -296,7 +308,7 @@ def can_stop(name: str | Path, model: nn.Module) -> None:
                          f"in its generation_config.json, or eos_token in its tokenizer_config.json.")
 
 
-def write_model(model: nn.Module, tokenizer: Tokenizer | None, path: str | Path, dtype: torch.dtype | None) -> None:
+def write_model(model, tokenizer: Tokenizer | None, path: str | Path, dtype: torch.dtype | None) -> None:
     """What `model.save` promises.
 
     Adapters are float32. With them all is stored as float32 unless `dtype` says otherwise: rounded to bfloat16, W + BA
@@ -321,7 +333,7 @@ def write_folder(model, tokenizer: Tokenizer | None, path: str | Path, shapes: d
     if tokenizer is not None:
         files["tokenizer.json"] = tokenizer_text(tokenizer, read)
     write_files({folder / "model.safetensors": lambda part: write_tensors(part, shapes, weights, dtype),
-                 **{folder / name: lambda part, content=content: part.write_bytes(content)
+                 **{folder / name: functools.partial(Path.write_bytes, data=content)
                     for name, content in files.items()}})
     remove_shards(folder)
 

@@ -16,13 +16,14 @@ Shapes: B prompts, G completions a prompt, T completion tokens, P prompt tokens.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from plumbing.log import say
+from plumbing.log import Log, say
 from plumbing.micro_batches import rewards_of
 from plumbing.report import write_report
 
@@ -40,7 +41,7 @@ def steps_to_keep(total: int) -> set[int]:
 
 
 @contextmanager
-def keeping_groups(log, step: int, groups: Sequence, *, model, ref_model, tokenizer, grpo) -> Iterator[None]:
+def keeping_groups(log: Log, step: int, groups: Sequence, *, model, ref_model, tokenizer, grpo) -> Iterator[None]:
     """Around the scoring of a step's groups and the update on them: where it fails, their texts are kept (`Log`); where
     it does not, now and then what it came to.
 
@@ -58,7 +59,7 @@ def keeping_groups(log, step: int, groups: Sequence, *, model, ref_model, tokeni
         attempt(keep, log, step, groups=groups, before=before, ref=ref, model=model, tokenizer=tokenizer, grpo=grpo)
 
 
-def attempt(do, *args, **named):
+def attempt(do: Callable, *args, **named):
     """do(...), or None and a sentence: hours of training do not fail because of a page to look at."""
     try:
         return do(*args, **named)
@@ -82,7 +83,7 @@ def reference_logprobs(ref_model, group, config, grpo) -> Tensor:
         return logprobs(ref_model, group, config, grpo)
 
 
-def keep(log, step: int, *, groups: Sequence, before: list, ref: list, model, tokenizer, grpo) -> None:
+def keep(log: Log, step: int, *, groups: Sequence, before: list, ref: list, model, tokenizer: Tokenizer, grpo) -> None:
     """A line of groups.jsonl, and the report with it: who looks at a run while it goes on sees them at once."""
     config, stage = log.config, next(stage.number for stage in log.stages if step <= stage.end)
     rewards, weights = rewards_of(groups, by_part=config.advantage == "gdpo")  # [B, G], or [B, G, K] and [K]
@@ -102,8 +103,8 @@ def keep(log, step: int, *, groups: Sequence, before: list, ref: list, model, to
     write_report(log.folder)
 
 
-def group_of(group, tokenizer, *, old: Tensor, new: Tensor, ref: Tensor | None, A: Tensor, beta: float, whole: dict,
-             config, grpo) -> dict:
+def group_of(group, tokenizer: Tokenizer, *, old: Tensor, new: Tensor, ref: Tensor | None, A: Tensor, beta: float,
+             whole: dict, config, grpo) -> dict:
     """One prompt and its completions; `old`, `new` and `ref` [1, G, T], A [1, G]."""
     mask = group.mask[None].cpu()  # [1, G, T]
     moments = [(old, old), (new, old)]  # (logp, old_logp) before the update and after it
@@ -148,7 +149,7 @@ def weights_of(grpo, logp: Tensor, old: Tensor, ref: Tensor | None, A: Tensor, m
     return -gradient * settings["n_tokens"]
 
 
-def pieces(tokenizer, ids: list[int]) -> list[str]:
+def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     """The text that each token adds. A letter of several tokens stands with the last of them.
 
     Not token by token: many tokenizers drop the space before a first word, and half a letter is no text.

@@ -14,10 +14,11 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from plumbing.folder import write_file
 
@@ -72,15 +73,16 @@ def place(path: Path, content: bytes) -> None:
 
 def open_splits(source: str) -> dict:
     """-> {split: stream of rows}. The library asks a busy hub again for what comes later, but not for all of this."""
-    name, config = NAME.fullmatch(source).groups()
+    found, waits = NAME.fullmatch(source), iter((1, 4, 16))  # seconds
+    name, config = found.groups() if found else (source, None)
     with calm(source) as datasets:
-        for wait in (1, 4, 16, None):  # seconds
+        while True:
             try:
                 return datasets.load_dataset(name, config, streaming=True)
             except Exception as e:  # of many types, as versions go
                 status = getattr(getattr(e, "response", None), "status_code", 0)
                 busy = status in (408, 429) or status >= 500 or type(e).__module__.startswith("httpx")
-                if wait is None or not busy:
+                if not busy or not (wait := next(waits, None)):
                     raise
                 print(f"{source}: {says(e)}; trying again in {wait} s.", file=sys.stderr, flush=True)
                 time.sleep(wait)
@@ -112,7 +114,7 @@ def stream(source: str, splits: dict, split: str, limit: int, counts: Callable[[
 
 
 @contextmanager
-def calm(source: str):
+def calm(source: str) -> Iterator[Any]:
     """`datasets`, without its bars and logs; what it raises in here becomes a sentence."""
     try:
         import datasets
@@ -159,7 +161,7 @@ def explain(error: Exception, source: str) -> Exception:
         return OSError(f"{missing} cannot be reached for a data set of that name ({why}): check the connection, or "
                        f"pass a .jsonl file.")
     advice = "try again later, or download its files and pass those"
-    if errno.errorcode.get(getattr(error, "errno", None)) in ("ENOSPC", "EDQUOT", "EFBIG"):
+    if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in ("ENOSPC", "EDQUOT", "EFBIG"):
         advice = "free some space, or set HF_HOME to a folder on a larger disk"
     return OSError(f"The hub's {source} cannot be read ({says(error)}): {advice}.")
 

@@ -5,6 +5,7 @@ import json
 import sqlite3
 import threading
 from pathlib import Path
+from typing import Any
 
 
 class Kept:
@@ -20,7 +21,7 @@ class Kept:
             raise OSError(f"{path} cannot be used to keep answers ({e}): delete it, or name another --cache.") from e
         self.lock = threading.Lock()  # a judge's threads keep what they get
 
-    def get(self, *key):
+    def get(self, *key) -> Any:
         try:
             with self.lock:
                 row = self.db.execute("SELECT value FROM kept WHERE key = ?", (self.name(key),)).fetchone()
@@ -28,7 +29,7 @@ class Kept:
         except (sqlite3.Error, ValueError) as e:
             raise OSError(f"What was kept cannot be read ({e}): delete the file, or name another --cache.") from e
 
-    def put(self, value, *key) -> None:
+    def put(self, value: object, *key) -> None:
         try:
             with self.lock, self.db:
                 self.db.execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", (self.name(key), json.dumps(value)))

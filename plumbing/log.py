@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
+from typing import TextIO
 
 from plumbing.folder import read_json, write_text
 from plumbing.scripts import without_rouge
@@ -197,11 +198,11 @@ class Log:
             self.say(f"\n  post       {before['document']}\n  reference  {before['reference']}\n"
                      f"  before     {before['summary']} [{grade(before)}]\n"
                      f"  after      {after['summary']} [{grade(after)}]")
-        before = "".join(f"\n  before  {describe(row, self.sized)}" for row in evals[:1] if row["stage"] == 0)
+        begun = "".join(f"\n  before  {describe(row, self.sized)}" for row in evals[:1] if row["stage"] == 0)
         pages = [path for name in ("report.html", "curves.png") if (path := self.folder / name).exists()]
         curves = f"Look at {' and '.join(map(str, pages))}; the" if pages else "The"
         goal = f", {self.goal}" if self.sized or "within_2" not in evals[-1] else ""
-        self.say(f"\nheld-out greedy summaries{goal}{before}\n  after   {describe(evals[-1], self.sized)}"
+        self.say(f"\nheld-out greedy summaries{goal}{begun}\n  after   {describe(evals[-1], self.sized)}"
                  f"\nDone in {int(seconds // 60)}:{int(seconds % 60):02d}"
                  + ("" if peak is None else f", with at most {peak:.1f} GiB of memory")
                  + f". {curves} model is in {self.folder / 'model'}.")
@@ -281,7 +282,7 @@ def read_rows(path: Path) -> tuple[list[dict], list[int]]:
     return rows, broken
 
 
-def say(text: str, stream=None) -> None:
+def say(text: str, stream: TextIO | None = None) -> None:
     """Print a line. Nobody may be there to read it: `| head` ends, a terminal is closed. The run goes on then."""
     stream = stream or sys.stdout
     try:

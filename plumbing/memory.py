@@ -17,7 +17,7 @@ import torch
 try:
     import resource
 except ImportError:
-    resource = None  # Windows
+    resource = None  # type: ignore[assignment]  # Windows, and a module is never None to mypy
 
 
 class Full(Exception):
@@ -30,10 +30,11 @@ OWN = Path("/proc/self/cgroup")  # which group this process is in
 GROUPS = (("", "memory.max", "memory.current", "inactive_file"),  # version 2
           ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))  # version 1
 # `ulimit -d`, as it was before `cap_memory` lowered it, and `ulimit -v`: the limit, and psutil's name for its count.
-ULIMITS = [] if sys.platform != "linux" or resource is None else [
-    (limit, name) for limit, name in ((resource.getrlimit(resource.RLIMIT_DATA)[0], "data"),
-                                      (resource.getrlimit(resource.RLIMIT_AS)[0], "vms"))
-    if limit != resource.RLIM_INFINITY]
+ULIMITS: list[tuple[int, str]] = []
+if sys.platform == "linux" and resource is not None:
+    ULIMITS = [(limit, name) for limit, name in ((resource.getrlimit(resource.RLIMIT_DATA)[0], "data"),
+                                                 (resource.getrlimit(resource.RLIMIT_AS)[0], "vms"))
+               if limit != resource.RLIM_INFINITY]
 
 
 def available(cgroup: Path = CGROUP, own: Path = OWN) -> int | None:
@@ -126,8 +127,9 @@ def peak(device: str) -> float | None:
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset / 2 ** 30
     status = Path("/proc/self/status")
-    if status.exists():  # Linux, where getrusage also counts the process that started this one
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))[1]) / 2 ** 20
+    said = status.read_text(encoding="utf-8") if status.exists() else ""
+    if most := re.search(r"VmHWM:\s+(\d+) kB", said):  # Linux, where getrusage also counts who started this process
+        return int(most[1]) / 2 ** 20
     if resource is None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere

@@ -46,7 +46,7 @@ def attend(q: mx.array, k: mx.array, v: mx.array, allowed: mx.array | str | None
     q = (q * hd ** -0.5).reshape(B, G, K, R * T, hd).swapaxes(1, 2)  # [B, K, G, R*T, hd]
     k, v = (x.reshape(B, G, K, S, hd).swapaxes(1, 2) for x in (k, v))  # [B, K, G, S, hd] each
     own = q @ k.swapaxes(-1, -2)  # [B, K, G, R*T, S]
-    if allowed is not None:
+    if isinstance(allowed, mx.array):  # "causal" goes without a prompt
         seen = allowed.reshape(-1, 1, G if len(allowed) > 1 else 1, 1, T, S)  # [B or 1, 1, G or 1, 1, T, S]
         own = mx.where(seen, own.reshape(B, K, G, R, T, S), -mx.inf).reshape(own.shape)  # [B, K, G, R*T, S]
     shared = q.reshape(B, K, G * R * T, hd) @ prompt[0].swapaxes(-1, -2)  # [B, K, G*R*T, P]

@@ -28,7 +28,7 @@ class TakenOver:
         self.model_class, self.sample_of, self.update_of = model_class, sample, update
         self.in_mlx: WeakKeyDictionary = WeakKeyDictionary()  # torch model -> the same weights in MLX
         self.policy, self.theirs = policy, optimizer
-        self.names = {p: name for name, p in policy.named_parameters() if p.requires_grad}
+        self.names: dict[Tensor, str] = {p: name for name, p in policy.named_parameters() if p.requires_grad}
         self.mine = AdamW(optimizer, self.names)
         self.open_windows()
 

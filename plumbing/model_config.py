@@ -188,10 +188,11 @@ def layer_kinds(raw: dict, where: str, positions: int) -> tuple[str, ...]:
     windows = narrow and (not qwen or isinstance(kinds, list) and "sliding_attention" in kinds)
     for refused, says in ((windows, f"sliding-window attention, {raw.get('sliding_window')} tokens wide"),
                           (not known, f"layer_types or full_attn_idxs {str(kinds or attends)[:80]}"),
-                          (known and len(kinds) != n_layers, f"{n_layers} layers, but has other layer_types")):
+                          (isinstance(kinds, list) and len(kinds) != n_layers,
+                           f"{n_layers} layers, but has other layer_types")):
         if refused:
             raise ValueError(f"{where} asks for {says}, which crisp does not compute.")
-    return tuple(kinds)
+    return tuple(kinds or ())
 
 
 def special_ids(raw: dict, where: str, generation: dict | None) -> tuple[int | None, tuple[int, ...]]:

@@ -50,9 +50,9 @@ def read_adapters(path: str | Path, shapes: Mapping[str, torch.Size]) -> dict[st
     except SafetensorError as e:
         raise ValueError(f"{file} is not a whole safetensors file ({e}): copy it again.") from e
     keys = {}  # (projection, factor) -> key in the file
-    for key in state:
-        name = key.removeprefix("base_model.model.").removeprefix("model.").removesuffix(".weight")
-        keys[name.rpartition(".")[::2]] = key
+    for full in state:
+        name = full.removeprefix("base_model.model.").removeprefix("model.").removesuffix(".weight")
+        keys[name.rpartition(".")[::2]] = full
     found: dict[str, tuple[float, Tensor, Tensor]] = {}
     for name, (out, size) in shapes.items():
         # The tensors say which projections have adapters; one that is asked for and not there is a damaged file.
@@ -68,7 +68,7 @@ def read_adapters(path: str | Path, shapes: Mapping[str, torch.Size]) -> dict[st
                 raise ValueError(f"{file} has another shape, {list(state[key].shape)}, for {name}.{factor}: "
                                  f"is it made for this model?")
             factors.append(state[key])
-        found[name] = (alpha / rank, *factors)
+        found[name] = (alpha / rank, factors[0], factors[1])
     if keys or not found:
         raise ValueError(f"{file} holds '{next(iter(keys.values()), 'no tensor')}', which the model has no place for.")
     return found
@@ -91,7 +91,7 @@ def size_of(name: str, raw: dict, said: Path) -> tuple[int, float]:
     return rank, alpha
 
 
-def sizes_of(layers: Mapping[str, torch.nn.Module]) -> dict:
+def sizes_of(layers: Mapping) -> dict:
     """Ranks and alphas of projections with adapters, as adapter_config.json says them: the commonest, and the others
     by full name."""
     ranks = {name: len(m.lora_A) for name, m in layers.items()}

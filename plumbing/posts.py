@@ -6,10 +6,11 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from plumbing import hub
 
@@ -100,7 +101,7 @@ def find_split(folder: Path, split: str, advice: str) -> Path:
     return found[0]
 
 
-def rows_of(path: Path) -> Iterator[tuple[str, int, object]]:
+def rows_of(path: Path) -> Generator[tuple[str, int, Any], None, None]:
     """("line" or "row", its number from 1 on, what it holds) of a file. Blank lines are left out and counted."""
     if path.name.endswith(ENDINGS):
         ending = next(ending for ending in ENDINGS if path.name.endswith(ending))
@@ -108,7 +109,7 @@ def rows_of(path: Path) -> Iterator[tuple[str, int, object]]:
         options = {"data_files": glob.escape(str(path.resolve())), "split": "train", **READERS[reader]}
         with hub.calm(str(path)) as datasets:  # streamed: no cache holds a copy of it
             rows = datasets.load_dataset(reader, streaming=True, **options)
-            columns = next(iter(rows), {}) if reader == "csv" else {}
+            columns: dict = next(iter(rows), {}) if reader == "csv" else {}
             if columns:  # all of them text: a guess would make 7.0 of the summary "7."
                 features = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
                 rows = datasets.load_dataset(reader, streaming=True, features=features, **options)
@@ -165,7 +166,7 @@ def load_split(data: str, eval_data: str = "", max_posts: int = 0, min_chars: in
 
     `split`: the one to train on where it is not "train".
     """
-    which = {"max_posts": max_posts, "min_chars": min_chars, "document": document, "reference": reference}
+    which: dict = {"max_posts": max_posts, "min_chars": min_chars, "document": document, "reference": reference}
     posts = load_posts(data, split or "train", **which)
     if eval_data:
         return posts, first_split(eval_data, ["test", "val"], which)

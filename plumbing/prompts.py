@@ -36,7 +36,8 @@ def encode_prompt(tokenizer: Tokenizer, text: str, document: str, template: str)
 
 
 @functools.lru_cache(maxsize=8)  # hundreds of marks take longer than a prompt does
-def with_other_names(tokenizer: Tokenizer, size: int, tags: frozenset[str]):
+def with_other_names(tokenizer: Tokenizer, size: int,
+                     tags: frozenset[str]) -> tuple[Tokenizer, frozenset[str], dict, re.Pattern | None]:
     """-> (a tokenizer in which control tokens are spelled with SECRET behind them, those tokens as they were spelled,
     its ids -> the old ids, a pattern of added tokens). `size` is the tokenizer's: one that has grown is made anew.
     """
@@ -60,9 +61,9 @@ def as_the_tokenizer_looks(added: list[AddedToken], control: frozenset[str]) -> 
     """A pattern of the added tokens that are looked for in the text as it is: of two that begin together, the longer.
     None where there is none."""
     marks = [token for token in added if token.content in control or not token.normalized]
-    marks = [(r"(?<!\w)%s(?!\w)" if token.single_word else "%s") % re.escape(token.content)
+    forms = [(r"(?<!\w)%s(?!\w)" if token.single_word else "%s") % re.escape(token.content)
              for token in sorted(marks, key=lambda token: len(token.content), reverse=True)]
-    return re.compile("|".join(marks)) if marks else None
+    return re.compile("|".join(forms)) if forms else None
 
 
 def is_control(token: AddedToken, tags: frozenset[str]) -> bool:
@@ -92,8 +93,8 @@ def spelt(tokenizer: Tokenizer, stop_text: str, tokens: Tensor) -> list[int]:
     for i, row in enumerate(last):
         if not special.isdisjoint(row):  # look further back, for as many that are text
             row = tokens[i].tolist()
-            text = [t for t, number in enumerate(row) if number not in special][-width:]
-            last[i] = row[text[0]:] if text else []
+            at = [t for t, number in enumerate(row) if number not in special][-width:]
+            last[i] = row[at[0]:] if at else []
     counts = [0] * len(last)
     for i, text in enumerate(tokenizer.decode_batch(last, skip_special_tokens=True)):
         if stop_text in text and is_ended(tokenizer.decode(tokens[i].tolist(), True), stop_text):

@@ -138,7 +138,7 @@ def mean(values: list, name: str) -> float | None:
     return value if value is None else float(f"{value:.4g}")
 
 
-def is_number(value) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -163,12 +163,12 @@ def samples_of(samples: list[dict]) -> list[dict]:
     return list(posts.values())[:10]
 
 
-def cut(text) -> str:
+def cut(text: object) -> str:
     text = str(text or "")
     return text if len(text) <= CHARS else text[:CHARS] + " [..]"
 
 
-def as_json(value) -> str:
+def as_json(value: object) -> str:
     def finite(value):
         if isinstance(value, dict):
             return {name: finite(one) for name, one in value.items()}
@@ -176,7 +176,7 @@ def as_json(value) -> str:
             return list(map(finite, value))
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    settings = {"ensure_ascii": False, "separators": (",", ":")}
+    settings: dict = {"ensure_ascii": False, "separators": (",", ":")}
     try:
         return json.dumps(value, allow_nan=False, **settings)
     except ValueError:  # NaN and infinity, which JSON does not know
@@ -191,7 +191,8 @@ def read_notes() -> tuple[dict[str, list[str]], dict[str, dict]]:
 
     One truth: the report says to each curve what the page says. It says nothing where the page is not there.
     """
-    sections, notes = {}, {}
+    sections: dict[str, list[str]] = {}
+    notes: dict[str, dict] = {}
     for file in ("metrics.jsonl", "eval.jsonl"):
         for part in re.split(r"^### ", section_of(file), flags=re.M):
             heading = part.partition("\n")[0]

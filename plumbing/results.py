@@ -14,7 +14,7 @@ from plumbing.folder import write_file, write_text
 from plumbing.significance import interval
 
 
-def near(row: dict, share: float) -> bool | None:
+def near(row: dict, share: float) -> bool:
     """Whether a summary is so near to the wanted length, or to its budget."""
     if "budget" in row:
         return abs(row["used"] - 1) <= share
@@ -75,7 +75,7 @@ def order(rows: Sequence[dict], n_posts: int) -> list[int]:
     return [i // samples % n_posts for i in range(len(rows))]
 
 
-def by_post(rows: Sequence[dict], what, n_posts: int) -> np.ndarray:
+def by_post(rows: Sequence[dict], what: str | Callable, n_posts: int) -> np.ndarray:
     """What a figure is for each post, the mean over its budgets and samples: [P], NaN where it has none."""
     get = what if callable(what) else lambda row: row.get(what)
     found: list[list[float]] = [[] for _ in range(n_posts)]

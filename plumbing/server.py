@@ -66,7 +66,8 @@ class Server:
         self.met = False  # it has answered before
         self.gone: Refused | None = None  # why it will not answer again
         self.batch = 2 ** 16  # texts that it takes in one request, as far as is known
-        self.used, self.lock = Counter(), threading.Lock()  # answers, and the tokens that they were of
+        self.used: Counter[str] = Counter()  # answers, and the tokens that they were of
+        self.lock = threading.Lock()
 
     def chat(self, system: str, user: str, *, max_tokens: int, temperature: float, seed: int, close: str = "") -> str:
         """One answer, without its reasoning field. `close`: an answer that was cut off before it has this is none."""
@@ -152,8 +153,8 @@ class Server:
             try:
                 answer = resource.with_raw_response.create(model=self.model, timeout=self.timeout(seconds),
                                                            **adapted(body, untaken))
-                for name in sorted(untaken - self.untaken):
-                    print(f"{self.url} takes no {name} for {self.model}: asked without it.", file=sys.stderr)
+                for new in sorted(untaken - self.untaken):
+                    print(f"{self.url} takes no {new} for {self.model}: asked without it.", file=sys.stderr)
                 self.untaken |= untaken
                 return answer.content
             except self.error as e:
@@ -168,7 +169,7 @@ class Server:
                 before += f"{failure}; and without {name}: "
                 untaken.add(name)
 
-    def failure(self, e: Exception, status: int | None) -> Refused:
+    def failure(self, e, status: int | None) -> Refused:
         """What is wrong, in words that do not have the key in them."""
         if status is None:
             cause = e.__cause__ or e
@@ -213,7 +214,7 @@ def check_url(url: str) -> None:
     try:
         parts = urlsplit(url)
         fine = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
-        secret = "@" in parts.netloc or re.search("key|token|secret", parts.query, re.IGNORECASE)
+        secret = "@" in parts.netloc or bool(re.search("key|token|secret", parts.query, re.IGNORECASE))
     except ValueError:
         fine = secret = False
     if secret:

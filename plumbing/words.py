@@ -209,7 +209,7 @@ def _wordnet() -> dict[str, bytes] | None:
 @lru_cache(maxsize=4)
 def _exceptions(pos: str) -> dict[str, list[str]]:
     """"mice" -> ["mouse"]: irregular forms of one part of speech."""
-    lines = _wordnet()[f"{pos}.exc"].decode().splitlines()
+    lines = (_wordnet() or {})[f"{pos}.exc"].decode().splitlines()
     return {form: bases for form, *bases in map(str.split, lines)}
 
 

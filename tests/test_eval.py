@@ -4,9 +4,11 @@ Oracles: numbers by hand, the loop's own evaluation, scipy's paired tests, and a
 """
 
 import doctest
+import io
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,6 +51,17 @@ def runs(tmp_path_factory) -> Path:
 
 def lines(path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def test_it_runs_without_a_console(monkeypatch):
+    """In a notebook the screen is an object of another kind; where it was closed before the start there is none."""
+    for screen in (io.StringIO(), None):
+        monkeypatch.setattr(sys, "stdout", screen)
+        with pytest.raises(SystemExit) as ended:
+            evaluation.main(["--help"])
+        assert ended.value.code == 0 and (screen is None or "RUN_OR_MODEL" in screen.getvalue())
+        if sys.stdout is not screen:
+            sys.stdout.close()  # the null device that stood in for it
 
 
 def refused(capsys, *args) -> str:

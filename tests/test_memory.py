@@ -143,8 +143,9 @@ def test_a_peak_is_the_process_s_own_and_stays():
     assert before < 0.8 and after == pytest.approx(before + 0.5, abs=0.05)
 
 
-def test_each_system_has_a_peak_of_its_own(monkeypatch):
-    """Windows: psutil's. Elsewhere without /proc: getrusage's, bytes on macOS and KiB on the others."""
+def test_each_system_has_a_peak_of_its_own(monkeypatch, tmp_path):
+    """Windows: psutil's. Elsewhere without /proc, or where that names no peak: getrusage's, bytes on macOS and
+    KiB on the others."""
     monkeypatch.setattr(sys, "platform", "win32")
     process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=2 ** 29, peak_wset=2 ** 30))
     monkeypatch.setattr(psutil, "Process", lambda: process)
@@ -154,6 +155,12 @@ def test_each_system_has_a_peak_of_its_own(monkeypatch):
     monkeypatch.setattr(memory, "Path", lambda name: Path("nowhere"))
     for system, gib in (("darwin", 2.0), ("freebsd14", 2048.0)):
         monkeypatch.setattr(sys, "platform", system)
+        assert memory.peak("cpu") == gib
+    status = tmp_path / "status"
+    monkeypatch.setattr(memory, "Path", lambda name: status)
+    for text, gib in (("VmRSS:\t    512 kB\n", 2048.0), ("VmHWM:\t 3145728 kB\nVmRSS:\t    512 kB\n", 3.0)):
+        status.write_text(text, encoding="utf-8")
+        monkeypatch.setattr(sys, "platform", "linux")
         assert memory.peak("cpu") == gib
 
 
