@@ -80,7 +80,7 @@ def policy_loss(logp: mx.array, old_logp: mx.array | None, ref_logp: mx.array | 
         per_token = -mx.stop_gradient(mx.minimum(ratio, 1 + clip_high)) * A * logp  # [B, G, T]
         cut = high  # as ratio
     else:
-        raise unknown("surrogate", surrogate, ("clip", "weight"))
+        raise ValueError(f"mlx_grpo.py has no surrogate '{surrogate}': write it there too, or take --backend torch.")
 
     metrics = {"clip_frac": token_mean(cut, mask), "ratio": token_mean(ratio, mask)}
     if ref_logp is not None:

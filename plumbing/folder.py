@@ -24,23 +24,20 @@ SIDECARS = ("tokenizer_config.json", "chat_template.jinja", "generation_config.j
 FILES = ("config.json", "tokenizer.json", *SIDECARS, "model.safetensors", "model.safetensors.index.json",
          "adapter_config.json")  # all that `read_model` reads, but for shards: the index says what they are called
 
-# A module of `model.py` -> its name in folders of qwen2, qwen3 and llama, and of lfm2. Others are called the same.
+# A module of `model.py` -> its name in folders of qwen2, qwen3 and llama. Others are called the same.
 NAMES = {
-    "operator_norm": ("input_layernorm", "operator_norm"),
-    "operator.q_proj": ("self_attn.q_proj", "self_attn.q_proj"),
-    "operator.k_proj": ("self_attn.k_proj", "self_attn.k_proj"),
-    "operator.v_proj": ("self_attn.v_proj", "self_attn.v_proj"),
-    "operator.o_proj": ("self_attn.o_proj", "self_attn.out_proj"),
-    "operator.q_norm": ("self_attn.q_norm", "self_attn.q_layernorm"),
-    "operator.k_norm": ("self_attn.k_norm", "self_attn.k_layernorm"),
-    "operator.in_proj": ("", "conv.in_proj"),  # the short convolution, which only lfm2 has
-    "operator.conv": ("", "conv.conv"),
-    "operator.out_proj": ("", "conv.out_proj"),
-    "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
-    "mlp.gate_proj": ("mlp.gate_proj", "feed_forward.w1"),
-    "mlp.up_proj": ("mlp.up_proj", "feed_forward.w3"),
-    "mlp.down_proj": ("mlp.down_proj", "feed_forward.w2"),
-    "norm": ("norm", "embedding_norm"),
+    "operator_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+    "operator.q_proj": "self_attn.q_proj", "operator.k_proj": "self_attn.k_proj", "operator.v_proj": "self_attn.v_proj",
+    "operator.o_proj": "self_attn.o_proj", "operator.q_norm": "self_attn.q_norm", "operator.k_norm": "self_attn.k_norm",
+}
+# What a family calls otherwise.
+OWN_NAMES = {
+    "lfm2": {
+        "operator_norm": "operator_norm", "mlp_norm": "ffn_norm", "norm": "embedding_norm",
+        "operator.o_proj": "self_attn.out_proj", "operator.q_norm": "self_attn.q_layernorm",
+        "operator.k_norm": "self_attn.k_layernorm", "operator.in_proj": "conv.in_proj", "operator.conv": "conv.conv",
+        "operator.out_proj": "conv.out_proj", "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3",
+        "mlp.down_proj": "feed_forward.w2"},
 }
 
 
@@ -62,9 +59,10 @@ def file_name(name: str, family: str) -> str:
     found = re.match(r"layers\.\d+\.", name)
     layer = found[0] if found else ""
     path = name.removeprefix(layer)
+    names = NAMES | OWN_NAMES.get(family, {})
     for module in (path, path.rpartition(".")[0]):
-        if module in NAMES:
-            return layer + NAMES[module][family == "lfm2"] + path.removeprefix(module)
+        if module in names:
+            return layer + names[module] + path.removeprefix(module)
     return name
 
 

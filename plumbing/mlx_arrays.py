@@ -26,6 +26,7 @@ except ImportError as e:  # on Linux `pip install mlx` succeeds too, and brings 
     wanted = '"mlx[cpu]"' if sys.platform == "linux" else "mlx"
     raise ValueError(f"MLX cannot be imported ({str(e).splitlines()[0]}): pip install {wanted}.") from e
 
+FAMILIES = ("qwen2", "qwen3", "llama", "lfm2")  # those of mlx_model.py
 BLOCK = 64  # a cache grows by room for so many tokens
 DTYPES = {mx.float32: torch.float32, mx.bfloat16: torch.bfloat16, mx.float16: torch.float16}
 
@@ -96,11 +97,19 @@ def to_torch(array: mx.array) -> torch.Tensor:
     return torch.from_numpy(np.array(array))
 
 
+def check_family(config: ModelConfig) -> None:
+    """A family that is new in model.py, and not in mlx_model.py, would be computed as if it were an old one."""
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"MLX computes {', '.join(FAMILIES)}, and not {config.model_type}: take --backend torch, or "
+                         f"write it in mlx_model.py too and name it in plumbing/mlx_arrays.py.")
+
+
 def read_model(model_class: Callable[[ModelConfig], nn.Module], name_or_path: str | Path,
                dtype: mx.Dtype | None) -> tuple[nn.Module, Tokenizer | None]:
     """What `mlx_model.load` promises, with `model_class(config)` to be filled. All that may be wrong with a folder is
     refused by the same lines as for torch, through which the weights go."""
     folder, raw, config, tokenizer = open_folder(name_or_path)
+    check_family(config)
     dtype = dtype or mx.float32
     if dtype not in DTYPES:
         raise ValueError(f"MLX weights are mx.float32, mx.bfloat16 or mx.float16, not {dtype}.")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from plumbing import device
 from plumbing.mlx_adamw import AdamW, set_weights, trained
-from plumbing.mlx_arrays import mx, nn, to_mlx, to_torch
+from plumbing.mlx_arrays import check_family, mx, nn, to_mlx, to_torch
 
 
 class TakenOver:
@@ -68,9 +68,10 @@ class TakenOver:
                 self.theirs.state[p] = {"step": step, **dict(zip(self.mine.keys, map(window, self.mine.moments[name])))}
 
 
-def from_torch(model: torch.nn.Module, model_class: type) -> nn.Module:
+def from_torch(model, model_class: type) -> nn.Module:
     """A torch model -> `model_class(config)` with its weights and adapters, and with the same of them trained. The
     tensors become windows on it."""
+    check_family(model.config)
     mine = model_class(model.config)
     modules, theirs = dict(mine.named_modules()), dict(model.named_modules())
     for name, p in model.named_parameters():

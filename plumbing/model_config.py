@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 FAMILIES = ("qwen2", "qwen3", "llama", "lfm2")
 # What transformers takes where the file has no such key. (A key that says null is another matter.)
-DEFAULTS = {
+DEFAULTS: dict[str, dict] = {
     "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
     "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
     "llama": {"max_position_embeddings": 2048},
-    "lfm2": {"num_key_value_heads": 8, "max_position_embeddings": 128_000},
+    "lfm2": {"num_key_value_heads": 8, "max_position_embeddings": 128_000, "rms_norm_eps": 1e-5},
 }
 ACTIVATIONS = ("silu", "swish")  # two names of one function
 # How weights were packed. `read_weights` refuses packed ones; beside plain weights this is a leftover of a merge.
@@ -109,8 +109,8 @@ def read_config(raw: dict, where: str, generation: dict | None = None) -> ModelC
         model_type=family, vocab_size=size("vocab_size"), hidden_size=D,
         intermediate_size=lfm2_width(size, number, flag, raw) if lfm2 else size("intermediate_size"),
         num_hidden_layers=size("num_hidden_layers"), num_attention_heads=heads, num_key_value_heads=kv_heads,
-        head_dim=head_dim, rms_norm_eps=number("norm_eps", 1e-5) if lfm2 else number("rms_norm_eps", 1e-6),
-        rope_theta=rope_theta(raw, where), max_position_embeddings=positions,
+        head_dim=head_dim, rope_theta=rope_theta(raw, where), max_position_embeddings=positions,
+        rms_norm_eps=number("norm_eps" if lfm2 else "rms_norm_eps", default.get("rms_norm_eps", 1e-6)),
         tie_word_embeddings=flag("tie_embedding" if lfm2 and "tie_embedding" in raw else "tie_word_embeddings", lfm2),
         qkv_bias=family == "qwen2" or bias, o_bias=family != "qwen2" and bias,
         mlp_bias=flag("mlp_bias", False) and family == "llama", qk_norm=family in ("qwen3", "lfm2"),

@@ -29,6 +29,9 @@ few = settings(max_examples=12, deadline=None, derandomize=True, database=None,
 OUR_REWARDS = ("length", "rouge_l", "bleu", "char_bleu", "meteor", "char_length", "copy_rate", "repetition", "twice",
                "invented", "format", "squish", "cost", "distinct", "embedding", "judge")
 
+# The same of the losses, for tests that know each one's formula. The others take whatever `grpo.KINDS` holds.
+OUR_LOSSES = ("grpo", "dr_grpo", "bnpo", "dapo", "gspo", "cispo")
+
 BASE = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 96, "rms_norm_eps": 1e-5, "bos_token_id": 1,
         "eos_token_id": 2, "pad_token_id": 0, "rope_theta": 500.0, "tie_word_embeddings": True}

@@ -162,7 +162,7 @@ def test_every_function_that_is_named_exists(page, modules):
         elif dotted := re.fullmatch(r"(?:(plumbing|studies)\.)?([a-z_]\w*)\.([A-Za-z_]\w*)(?:\.(\w+))?(\(\))?", text):
             room, module, name, inside = dotted.group(1, 2, 3, 4)
             module = f"{room}.{module}" if room else module
-            if name in ("py", "md", "json", "jsonl", "png", "txt", "html", "csv", "sqlite", "safetensors"):
+            if name in ("py", "md", "json", "jsonl", "png", "txt", "html", "csv", "sqlite", "safetensors", "diff"):
                 continue  # a file, see above
             there = module in modules and name in modules[module]
             missing += [] if there and (not inside or inside in modules[module][name]) else [text]

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import OUR_LOSSES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import tensor
@@ -33,7 +34,7 @@ torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 # The same examples on every run, so that a red test is red for the next person too.
 search = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 V, STOP = 50, 7
-LOSSES = tuple(KINDS)
+LOSSES = tuple(KINDS)  # those of a fork too
 
 
 def close(a, b, atol=1e-12):
@@ -85,14 +86,14 @@ def test_a_baseline_changes_no_expected_gradient():
     assert (expected_loss_gradient(z, lambda words: torch.full((3,), 7.0), 3) == 0).all()
 
 
-@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("kind", OUR_LOSSES)
 def test_which_losses_read_zero_while_their_gradient_is_not(kind):
     """Step 6 of the derivation. Where the ratio is 1, grpo and gspo read 0 whatever was said.
 
     Losses in which a long completion weighs more do so only where all are equally long, and cispo never. The gradient
     is there in every case: a loss of 0 does not say that nothing is learnt.
     """
-    for lengths, zero in (([4, 1, 2, 4], {"grpo", "gspo"}), ([4, 4, 4, 4], {*LOSSES} - {"cispo"})):
+    for lengths, zero in (([4, 1, 2, 4], {"grpo", "gspo"}), ([4, 4, 4, 4], {*OUR_LOSSES} - {"cispo"})):
         mask = (torch.arange(4) < tensor(lengths)[:, None])[None]  # [1, 4, 4]
         logp = torch.linspace(-4, -1, 16, dtype=torch.float64).reshape(1, 4, 4).requires_grad_()
         loss, _ = policy_loss(logp, None, None, advantages(tensor([[3.0, 1, 0, 7]])).double(), mask, kind)
@@ -396,7 +397,7 @@ def test_gspo_has_one_ratio_a_sequence():
     close(logp.grad, tensor([[[-rho / 2, -rho / 2, 0]]]), 1e-8)
 
 
-@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("kind", OUR_LOSSES)
 def test_without_an_old_policy_the_ratio_is_one_and_the_gradient_is_reinforce(kind):
     """On the first step after sampling rho is 1 in value but not in gradient: d loss / d logp = -A, over a divisor.
 
@@ -511,44 +512,41 @@ def loss_and_gradient(x, leaf=None):
     return loss.detach(), gradient, seen
 
 
-@pytest.fixture(scope="module")
-def trl_loss():
+def trl_loss(x):
     """trl's own method, run on a stand-in for its trainer that has the attributes the method reads and nothing else.
+
+    -> (loss, its gradient by x["logp"], what trl logs), for arguments of `policy_loss`.
 
     The log-probabilities that trl would get from its model are ours, so the loss is compared and nothing around it.
     """
-    trl = pytest.importorskip("trl", reason="trl is for Python 3.11 and later")  # takes some seconds
-    GRPOTrainer = trl.GRPOTrainer
-
-    def loss(x):
-        kind, (B, G, T) = x["kind"], x["logp"].shape
-        rows = {name: x[name] if x[name] is None else x[name].reshape(B * G, T)
-                for name in ("logp", "old_logp", "ref_logp", "mask")}
-        trainer = SimpleNamespace(
-            _get_per_token_logps_and_entropies=lambda *_, **__: (rows["logp"], torch.zeros(B * G, T), None),
-            loss_type="grpo" if kind == "gspo" else kind, beta=x["beta"], epsilon_low=x["clip_low"],
-            epsilon_high=x["clip_high"] + (kind == "cispo"),  # trl's cispo bound is the ratio itself
-            importance_sampling_level="sequence" if kind == "gspo" else "token", max_completion_length=x["max_length"],
-            args=SimpleNamespace(use_bias_correction_kl=x["kl"] == "k3_ratio", delta=None, steps_per_generation=1),
-            accelerator=SimpleNamespace(num_processes=1, gather=lambda t: t, reduce=lambda t, reduction: t),
-            model=SimpleNamespace(training=True), current_gradient_accumulation_steps=1, aux_loss_enabled=False,
-            top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False, _entropy_bonus_enabled=False,
-            _metrics={"train": defaultdict(list)})
-        ids = torch.zeros(B * G, 1, dtype=torch.long)
-        value = GRPOTrainer._compute_loss(trainer, None, {
-            "prompt_ids": ids, "prompt_mask": ids + 1, "completion_ids": ids.expand(-1, T),
-            "completion_mask": rows["mask"].long(), "advantages": x["advantages"].flatten(),
-            "old_per_token_logps": rows["old_logp"], "ref_per_token_logps": rows["ref_logp"],
-            "num_items_in_batch": rows["mask"].sum()})
-        return value.detach(), torch.autograd.grad(value, x["logp"])[0], trainer._metrics["train"]
-
-    return loss
+    trl = pytest.importorskip("trl", reason="trl is for Python 3.11 and later")  # takes some seconds, once
+    kind, (B, G, T) = x["kind"], x["logp"].shape
+    rows = {name: x[name] if x[name] is None else x[name].reshape(B * G, T)
+            for name in ("logp", "old_logp", "ref_logp", "mask")}
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (rows["logp"], torch.zeros(B * G, T), None),
+        loss_type="grpo" if kind == "gspo" else kind, beta=x["beta"], epsilon_low=x["clip_low"],
+        epsilon_high=x["clip_high"] + (kind == "cispo"),  # trl's cispo bound is the ratio itself
+        importance_sampling_level="sequence" if kind == "gspo" else "token", max_completion_length=x["max_length"],
+        args=SimpleNamespace(use_bias_correction_kl=x["kl"] == "k3_ratio", delta=None, steps_per_generation=1,
+                             sapo_temperature_pos=1.0, sapo_temperature_neg=1.05),
+        accelerator=SimpleNamespace(num_processes=1, gather=lambda t: t, reduce=lambda t, reduction: t),
+        model=SimpleNamespace(training=True), current_gradient_accumulation_steps=1, aux_loss_enabled=False,
+        top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False, _entropy_bonus_enabled=False,
+        _metrics={"train": defaultdict(list)})
+    ids = torch.zeros(B * G, 1, dtype=torch.long)
+    value = trl.GRPOTrainer._compute_loss(trainer, None, {
+        "prompt_ids": ids, "prompt_mask": ids + 1, "completion_ids": ids.expand(-1, T),
+        "completion_mask": rows["mask"].long(), "advantages": x["advantages"].flatten(),
+        "old_per_token_logps": rows["old_logp"], "ref_per_token_logps": rows["ref_logp"],
+        "num_items_in_batch": rows["mask"].sum()})
+    return value.detach(), torch.autograd.grad(value, x["logp"])[0], trainer._metrics["train"]
 
 
 @pytest.mark.parametrize("beta, kl", [(0.0, "k3"), (0.3, "k3"), (0.3, "k3_ratio")])
 @pytest.mark.parametrize("stale", [False, True], ids=["fresh", "stale"])
 @pytest.mark.parametrize("kind", LOSSES)
-def test_every_loss_is_trls(trl_loss, kind, stale, beta, kl):
+def test_every_loss_is_trls(kind, stale, beta, kl):
     """Value and gradient, with and without an old policy, without a KL and with both that trl knows.
 
     trl is what most published runs used; a fork of this file can therefore be compared with them, number by number.
@@ -563,7 +561,7 @@ def test_every_loss_is_trls(trl_loss, kind, stale, beta, kl):
     close(loss, want)
     close(gradient, want_gradient)
     assert gradient[x["mask"]].abs().max() > 0 and (gradient[~x["mask"]] == 0).all()
-    if kind not in ("gspo", "cispo"):  # there trl counts something else: sequences, and one side
+    if KINDS[kind][:2] == ("token", "clip"):  # elsewhere trl counts something else: sequences, one side, or nothing
         assert seen["clip_frac"].item() == pytest.approx(metrics["clip_ratio/region_mean"][0])
     if beta and kl == "k3":  # what is logged is k3 even where the loss holds its product with the ratio
         assert seen["kl"].item() == pytest.approx(metrics["kl"][0])
@@ -893,7 +891,7 @@ def step(groups, config, ref_model=None, lr=1.0, start=0):
     return parameters_to_vector(model.parameters()).detach(), metrics
 
 
-@pytest.mark.parametrize("kind, kl, updates", [(kind, "k3_ratio", 2) for kind in LOSSES]
+@pytest.mark.parametrize("kind, kl, updates", [(kind, "k3_ratio", 2) for kind in OUR_LOSSES]
                          + [("grpo", kl, 3) for kl in KLS[:3]])
 def test_an_update_is_what_the_papers_say(kind, kl, updates):
     """Steps on one batch, with a KL to another model: from the second on the ratio is off 1 and the clip is at work.
