@@ -96,6 +96,9 @@ class Config:
     compile: bool = flag(False, "let torch.compile fuse each layer: a minute or more at first, and no gain on the CPUs "
                                 "where it was measured")
     device: str = flag("", "cpu, cuda or mps; empty: cuda where there is one, else cpu")
+    # Servers that sample get the new weights before each step, in a folder that they must see too.
+    rollouts: tuple[str, ...] = flag((), "vLLM servers that write the completions, such as http://localhost:8000; "
+                                         "empty: this machine does (docs/machines.md)")
     # MLX is Apple's library for its own chips. The same seed writes the same summaries, within rounding.
     backend: str = flag("torch", "what computes: torch, or mlx on Apple silicon", choices=("torch", "mlx"))
     # --- the update: grpo.py explains each, README.md says which paper takes which ---

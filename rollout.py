@@ -64,7 +64,6 @@ def sample(model: Transformer, prompts: Sequence, G: int, max_new_tokens: int, t
 
     A completion's random numbers depend on the seed, its prompt and its place in the group. One seed gives the same
     tokens whatever the batch, in float32 and but for a rare tie (1 text of 192 in one trial); bf16 rounds by the batch.
-    (A prompt given twice in a call gets two groups.)
     """
     prompts = [torch.as_tensor(p, dtype=torch.long).cpu() for p in prompts]  # B x [P_b]
     check_request(prompts, model.config, G, max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)

@@ -15,6 +15,7 @@ Shapes: B prompts (posts) a step, G completions of each, P prompt tokens.
 import copy
 import sys
 import time
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -37,8 +38,9 @@ from plumbing.folder import can_stop, with_words
 from plumbing.groups import keeping_groups
 from plumbing.log import Log
 from plumbing.posts import TINY, Post, load_split, say_references
+from plumbing.rollouts import on_servers
 from rewards import NEED_MODEL, NEED_REFERENCE
-from rollout import Group, sample
+from rollout import Group, sample, split
 
 
 def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
@@ -69,13 +71,13 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     # A run is its weights, the optimizer's moments and a step number. All else follows from the seed and the step, so a
     # resumed run repeats the uninterrupted one bit for bit.
     step = load_checkpoint(folder, model, optimizer) if resume else 0
+    act, learn = mlx.take_over(model, optimizer, min(longest, key=len)) if mlx else (sample, grpo.update)
+    act = on_servers(config, folder, act=act, model=model, tokenizer=tokenizer, prompt=max(longest, key=len),
+                     grpo=grpo, split=split, save=save, save_adapters=save_adapters)  # `act` itself without --rollouts
     log = Log(folder, config, stages, step, task.describe_goal(config), begun_with)
     log.begin(model, posts, held_out)
-    act, learn = mlx.take_over(model, optimizer, min(longest, key=len)) if mlx else (sample, grpo.update)
-
-    def held_out_summaries() -> dict:
-        # Greedy summaries of posts that the policy never learns from, scored by the last stage's reward.
-        return evaluate(model, tokenizer, held_out, config, scorers, act=act)
+    # Greedy summaries of posts that the policy never learns from, scored by the last stage's reward.
+    held_out_summaries = partial(evaluate, model, tokenizer, held_out, config, scorers, act=act)
 
     for stage in stages:
         if step >= stage.end:
@@ -103,7 +105,7 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
 def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, ref_model, tokenizer, posts, scorers,
               optimizer, total: int, log: Log, stop: Stop, act, learn) -> int:
     """The algorithm box of the paper (Shao et al. 2024, algorithm 1), from `step` to the stage's end, which is returned
-    if nobody stops the run. `act` and `learn` are `sample` and `update`, of torch or MLX."""
+    if nobody stops the run. `act` and `learn` are `sample` and `update`, of torch, MLX or servers."""
     while step < stage.end:
         clock = time.monotonic()
         for parameters in optimizer.param_groups:

@@ -21,7 +21,7 @@ from plumbing.report import reporting
 
 LOCK = Path("checkpoint") / "lock"  # in a run's folder
 # What a resumed run may change: memory and habits. No result depends on it, but in the last bits.
-FREE = ("micro_tokens", "checkpointing", "save_every", "print_every", "backend")
+FREE = ("micro_tokens", "checkpointing", "save_every", "print_every", "backend", "rollouts")
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,7 +45,8 @@ def read_arguments(kind: type, argv: list[str] | None, description: str) -> tupl
             more["action"] = argparse.BooleanOptionalAction
         else:
             more |= {"type": str if isinstance(f.default, tuple) else type(f.default),
-                     "choices": f.metadata["choices"], "nargs": "+" if isinstance(f.default, tuple) else None,
+                     "choices": f.metadata["choices"],
+                     "nargs": ("+" if f.default else "*") if isinstance(f.default, tuple) else None,
                      "metavar": None if f.metadata["choices"] else f.name.upper()}
         title = f.metadata["group"]
         groups[title] = groups.get(title) or parser.add_argument_group(title)

@@ -30,8 +30,9 @@ MADE = {"config.json", "metrics.jsonl", "eval.jsonl", "samples.jsonl", "groups.j
         "checkpoint/", "model/", "adapter/", "runs/NAME/", "runs/squish.sqlite", "runs/judge.sqlite", "runs/eval/",
         "compare.md", "studies/results/"}
 # Programs of others: their flags are theirs.
-FOREIGN = ("pip", "uv", "apt", "git", "ruff", "bash", "brew", "cd", "export")
-PROGRAMS = {"train.py": "train", "eval.py": "eval", "studies.rewards_grid": "studies.rewards_grid",
+FOREIGN = ("pip", "vllm", "uv", "apt", "git", "ruff", "bash", "brew", "cd", "export")
+PROGRAMS = {"train.py": "train", "eval.py": "eval", "studies.rollouts_check": "studies.rollouts_check",
+            "studies.rewards_grid": "studies.rewards_grid",
             "studies.squish_benchmark": "studies.squish_benchmark", "studies.judge_check": "studies.judge_check",
             "studies.be_the_policy": "studies.be_the_policy", "studies.rebuild": "studies.rebuild",
             "studies.figures": "studies.figures",
