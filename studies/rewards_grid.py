@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
@@ -207,8 +207,9 @@ def result_of(run: Run) -> dict | None:
     """What was kept of a run, if it was one of these settings and of this model."""
     if not run.result.exists():
         return None
-    result, config = read_json(run.result), json.loads(json.dumps(asdict(run.config)))
-    defaults = {f.name: f.default for f in fields(Config)}  # a setting that is newer than the result had its default
+    result = read_json(run.result)
+    # As JSON has them: lists for tuples. A setting that is newer than the result had its default.
+    config, defaults = (json.loads(json.dumps(asdict(c))) for c in (run.config, Config()))
     same = all(result["config"].get(name, defaults[name]) == value for name, value in config.items())
     return result if same and result["model"] == embedded() else None
 
@@ -245,9 +246,10 @@ def keep(run: Run, n: int) -> dict:
 
 
 def scores(rows: list[dict]) -> dict[str, list]:
-    """The numbers of summaries, one list each, without the texts."""
+    """The numbers of summaries that a table shows, one list each, without the texts."""
     texts = [row["summary"] for row in rows]
-    found = {name: [round(float(row[name]), 4) for row in rows] for name in rows[0] if name not in ("id", "summary")}
+    shown = {"budget", *(column.partition("@")[0] for columns in (LENGTHS, BUDGETS) for column in columns)}
+    found = {name: [round(float(row[name]), 4) for row in rows] for name in rows[0] if name in shown}
     return found | {"distinct": [round(x, 4) for x in own_shares(texts)], "twice": list(map(twice, texts))}
 
 
