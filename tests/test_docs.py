@@ -33,7 +33,8 @@ MADE = {"config.json", "metrics.jsonl", "eval.jsonl", "samples.jsonl", "groups.j
 FOREIGN = ("pip", "uv", "apt", "git", "ruff", "bash", "brew", "cd", "export")
 PROGRAMS = {"train.py": "train", "eval.py": "eval", "studies.rewards_grid": "studies.rewards_grid",
             "studies.squish_benchmark": "studies.squish_benchmark", "studies.judge_check": "studies.judge_check",
-            "studies.be_the_policy": "studies.be_the_policy", "studies.rebuild": "studies.rebuild",
+            "studies.be_the_policy": "studies.be_the_policy", "studies.break_it": "studies.break_it",
+            "studies.rebuild": "studies.rebuild",
             "studies.hundred_lines": "", "tiny/make.py": "", "studies.speed": "", "studies.mac": "", "studies.plan": "",
             "studies.speed_mlx": "",
             "pytest": "", "-c": ""}
