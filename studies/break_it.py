@@ -112,7 +112,8 @@ def paid(expression: str, *flags: str) -> tuple[str, ...]:
 SUM, LENGTH = "rouge_l + 4*length", "length"
 AGAIN = """\
     for i, text in enumerate(texts):  # the ids that the tokenizer makes of the text, for those that were sampled
-        again = tokenizer.encode(text, add_special_tokens=False).ids[:tokens.shape[1] - 1] + [0] * int(ends[i])
+        end = tokens[i][mask[i]].tolist()[-1:] * int(ends[i])
+        again = tokenizer.encode(text, add_special_tokens=False).ids[:tokens.shape[1] - 1] + end
         tokens[i], mask[i] = 0, False
         tokens[i, :len(again)], mask[i, :len(again)] = torch.tensor(again), True
     groups = []
@@ -133,17 +134,17 @@ GALLERY: dict[str, Entry] = {
                          "m.advantages, m.mask & ~torch.isin(m.tokens, torch.tensor([*model.config.eos_token_ids])),"
                          ),),
         says="It learns everything but to stop in time", look="within_10pct",
-        why="To stop is a choice like any other, and here its token is not in the sum that is trained: the length can only "
-            "be learnt from the words before it.",
+        why="To stop is a choice like any other, and here its token is not in the sum that is trained: the length can "
+            "only be learnt from the words before it.",
         mend="Make the mask where the tokens are made, True on the stop token."),
     "mask guessed from pad": Entry(
-        paid(SUM), (Edit(rollout.split, "mask=mask[at, :T]", "mask=tokens[at, :T] != 0"),),
+        paid(SUM), (Edit(rollout.split, "mask=mask[at, :T]", "mask=tokens[at, :T].where(mask[at, :T], 2) != 2"),),
         says="pad_token = eos_token, and the model rambles on", look="length",
-        why="The padding is the end token, so a mask that is read off the tokens has no end token.",
+        why="2 is the end token, and here the padding too. So a mask that is read off the tokens has no end token.",
         mend="Make masks from lengths, never from values of tokens."),
     "one end token of two": Entry(
         paid(SUM), (Edit(rollout.sample, "sorted(model.config.eos_token_ids if stop_ids is None else stop_ids)",
-                         "[2]"),),
+                         "[0]"),),
         says="The answer is good and then goes on and on; every completion has the full length", look="length",
         why="The model ends with one of its end tokens, and the sampler stops at another.",
         mend="Take all of generation_config.json's eos_token_id."),

@@ -81,7 +81,7 @@ def test_the_stop_token_alone_leaves_the_loss(monkeypatch):
 
 
 def test_a_guessed_mask_lacks_the_end_and_counts_one_too_few():
-    tokens = torch.tensor([[5, 6, 0], [7, 0, 0]])  # 0 is the end and the padding
+    tokens = torch.tensor([[5, 6, 2], [7, 2, 0]])  # 2 is the end
     mask = torch.tensor([[True, True, True], [True, True, False]])
     made = {"tokens": tokens, "mask": mask, "logp": torch.zeros(2, 3), "stopped": torch.tensor([True, True]),
             "ending": None}
@@ -97,22 +97,22 @@ def test_text_that_is_encoded_again_has_other_ids():
     whole = tokenizer.encode("post").ids
     spelt = [i for letter in "post" for i in tokenizer.encode(letter).ids]
     assert len(whole) < len(spelt) == 4 and tokenizer.decode(spelt) == "post"
-    made = {"tokens": torch.tensor([[*spelt, 0]]), "mask": torch.ones(1, 5, dtype=torch.bool),
+    made = {"tokens": torch.tensor([[*spelt, 2]]), "mask": torch.ones(1, 5, dtype=torch.bool),
             "logp": torch.zeros(1, 5), "stopped": torch.tensor([True]), "ending": None}
     with by_mistake("text encoded again"):
         group, = rollout.split([torch.tensor([3])], 1, tokenizer, **made)
-    assert group.tokens.tolist() == [[*whole, 0]] and group.mask.all() and group.texts == ["post"]
+    assert group.tokens.tolist() == [[*whole, 2]] and group.mask.all() and group.texts == ["post"]
 
 
 def test_a_sampler_that_knows_the_other_end_token_never_stops():
     model, tokenizer = load(TINY)
-    prompt = task.tokenize(tokenizer, load_posts("tiny", "val")[0], "plain", 40)
+    prompt = task.tokenize(tokenizer, load_posts("tiny", "val")[0], "chatml", 40)
     healthy, = rollout.sample(model, [prompt], 2, 80, tokenizer=tokenizer)
     with by_mistake("one end token of two"):
         group, = rollout.sample(model, [prompt], 2, 80, tokenizer=tokenizer)
     assert healthy.stopped.all() and not group.stopped.any() and group.lengths.tolist() == [80, 80]
     for row, mask, good in zip(healthy.tokens, healthy.mask, group.tokens):  # the answer was good, and then went on
-        assert row[mask].tolist() == good[:mask.sum()].tolist() and row[mask][-1] == 0
+        assert row[mask].tolist() == good[:mask.sum()].tolist() and row[mask][-1] == 2
 
 
 @pytest.mark.parametrize("name, key, value", [("sampled at 0.7", "temperature", 0.7), ("top-k samples", "top_k", 3),
@@ -294,8 +294,8 @@ def test_the_page_by_hand(results):
     results("lr ten times too high", 0, 0.1, ended="A weight is not finite in step 7")
     results("k3 upside down", 0, 3.0)  # nothing stands beside it yet
     page = break_it.make_page()
-    assert ("| [stop token left out](#stop-token-left-out) | `within_10pct` | 0.3 (0.2..0.4) | 50 | 50 | 0.8 | 1 |\n" in page
-            and "| `distinct` | 0.3 (0.2..0.4) | 0.1 | - | - | 1 |" in page and "| [k3 upside" not in page)
+    assert "(#stop-token-left-out) | `within_10pct` | 0.3 (0.2..0.4) | 50 | 50 | 0.8 | 1 |" in page
+    assert "| `distinct` | 0.3 (0.2..0.4) | 0.1 | - | - | 1 |" in page and "| [k3 upside" not in page
     assert "- m.advantages, m.mask,\n+ m.advantages, m.mask & " in page
     assert "python train.py --stages" in page and "### k3 upside" in page
 
