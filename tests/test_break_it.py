@@ -205,9 +205,9 @@ def test_a_ratio_with_nothing_detached_has_a_gradient_of_exactly_zero():
 
 
 def test_tiny_eps_makes_an_advantage_of_rounding():
-    """The mean of eight float32 0.7 is 6e-8 too low, and so is their std: all of them are praised."""
-    equal = torch.full((1, 8), 0.7)
-    assert grpo.advantages(equal).tolist() == [[0.0] * 8]
+    """The mean of eight float32 0.7 is 6e-8 too low, and their std is nearly 0: all of them are praised."""
+    equal = torch.full((4, 8), 0.7, dtype=torch.float64)
+    assert grpo.advantages(equal).tolist() == [[0.0] * 8] * 4
     with by_mistake("tiny eps"):
         assert grpo.advantages(equal).unique().numel() == 1 and grpo.advantages(equal).abs().min() > 0.5
 

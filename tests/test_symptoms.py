@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from config import Config, parse_stages
+from plumbing.log import Log
 from plumbing.symptoms import RULES, symptoms
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,3 +90,15 @@ def test_no_more_than_three_lines_the_surest_first():
 def test_every_rule_has_its_heading_on_the_page():
     text = (ROOT / "docs" / "symptoms.md").read_text(encoding="utf-8")
     assert {heading for heading, _ in RULES} <= set(re.findall("^## (.*)$", text, re.M))
+
+
+def test_a_run_says_it_at_its_end(tmp_path, capsys):
+    log = Log(tmp_path, Config(max_new_tokens=80), parse_stages(("length:220",)), 0, "target 40 tokens")
+    log.append("eval", {"step": 220, "stage": 1, "n": 1, "reward": -0.1, "length": 41.0, "length_std": 2.0,
+                        "within_2": 0.5, "within_10pct": 0.9, "distinct": 0.5})
+    for rows, found in ((run(), 0), (run(both={"logp_gap": 2.3}, last={"kl": 3.2}), 2)):
+        log.rows = rows
+        log.finish(seconds=60.0, peak=None)
+        out = capsys.readouterr().out
+        assert out.count("What the curves say: ") == found and "Done in 1:00" in out
+    assert "What the curves say: logp_gap is 2.3" in out.partition("Done in 1:00")[2]
