@@ -33,7 +33,7 @@ def means(rows: Sequence[dict]) -> dict[str, float]:
 
 def two_policies(rows: Sequence[dict], first: dict, last: dict, config) -> str:
     gap = last["logp_gap"]
-    if gap < (0.5 if config.lean else 0.02):
+    if gap < (1.0 if config.lean else 0.02):
         return ""
     return (f"logp_gap is {gap:.2g}, and 0.00002 in a healthy float32 run: the policy that is trained is not the one "
             f"that wrote. Look for another temperature, a top_k, or tokens that are not the sampled ones.")
@@ -108,7 +108,7 @@ def wrong_length(rows: Sequence[dict], first: dict, last: dict, config) -> str:
 
 def nothing_happened(rows: Sequence[dict], first: dict, last: dict, config) -> str:
     kl = last.get("kl")
-    if kl is None or last["flat_groups"] > 0.9 or last["grad_norm"] == 0:
+    if kl is None or len(rows) < 4 * FEW or last["flat_groups"] > 0.9 or last["grad_norm"] == 0:
         return ""
     if kl < 0.02 and config.beta >= 0.5:
         return f"The KL stays at {kl:.1g} nats a token under --beta {config.beta:g}: it holds the policy. Lower --beta."

@@ -157,8 +157,8 @@ GALLERY: dict[str, Entry] = {
     "sampled at 0.7": Entry(
         paid(SUM), (Edit(train.run_stage, "temperature=config.temperature", "temperature=0.7"),),
         says="Rewards are fine while it trains, and worse at temperature 1", look="logp_gap",
-        why="The policy that wrote is softmax(logits / 0.7), and the one that is trained is softmax(logits). Rewards do not "
-            "show it: at 0.7 one writes better.",
+        why="The policy that wrote is softmax(logits / 0.7), and the one that is trained is softmax(logits). Rewards "
+            "do not show it: at 0.7 one writes better.",
         mend="Divide the logits by one temperature in both places, as `--temperature` does."),
     "top-k samples": Entry(
         paid(SUM), (Edit(train.run_stage, "temperature=config.temperature",
@@ -249,8 +249,12 @@ GALLERY: dict[str, Entry] = {
         paid(SUM, "--beta", "1"), look="within_10pct", says="The reward rises a little and then stays",
         why="The reward's pull and the KL's are soon equal.", mend="`--beta 0.1`."),
     "lr ten times too high": Entry(
-        paid(SUM, "--lr", "6e-3"), look="distinct", says="Suddenly it writes !!!!!!!!",
-        why="A step goes far beyond where the gradient says anything. One token wins, and then all samples agree.",
+        paid(SUM, "--lr", "6e-3"), look="kl", says="The KL runs away, and the reward is lower than at a small rate",
+        why="A step goes beyond where the gradient says anything. What was broken is learnt anew, at a lower level.",
+        mend="`--lr 6e-4`."),
+    "lr a hundred times too high": Entry(
+        paid(SUM, "--lr", "6e-2"), look="entropy", says="Suddenly it writes !!!!!!!!",
+        why="One step and one token wins, or none. Then all samples are alike, and there is nothing left to compare.",
         mend="`--lr 6e-4`."),
     "lr ten times too low": Entry(
         paid(SUM, "--lr", "6e-5"), look="kl", says="Hours of nothing", why="The policy has hardly moved.",
@@ -441,7 +445,7 @@ def shown(flags: Sequence[str]) -> str:
 
 
 PANELS = ("stop token left out", "one end token of two", "sampled at 0.7", "characters for tokens", "tiny eps",
-          "k3 upside down", "max for min", "KL off", "lr ten times too high", "k1 as a loss", "filler",
+          "k3 upside down", "max for min", "KL off", "lr ten times too high", "lr a hundred times too high", "filler",
           "gradient of zero")
 
 
@@ -454,13 +458,14 @@ def draw(path: Path) -> None:
     for ax, (name, (entry, sick, healthy)) in zip(axes.flat, there.items()):
         for some, color, label in ((healthy, "C0", "without"), (sick, "C3", "with the mistake")):
             for i, result in enumerate(some):
-                values = [float("nan") if value is None else value for value in result["curves"][entry.look]]
-                ax.plot(range(1, len(values) + 1), values, lw=1, color=color, alpha=0.8, label="" if i else label)
+                values = [value or 0.0 for value in result["curves"][entry.look]]  # None: there is no KL
+                smooth = [fmean(values[max(0, n - 5):n]) for n in range(1, len(values) + 1)]
+                ax.plot(range(1, len(values) + 1), smooth, lw=1.3, color=color, alpha=0.8, label="" if i else label)
         ax.set_title(f"{name}: {entry.look}", fontsize=10)
         ax.set_xlabel("step", fontsize=8)
         ax.grid(alpha=0.2)
-        if entry.look in ("kl", "logp_gap"):
-            ax.set_yscale("log")
+        if entry.look in ("kl", "logp_gap"):  # over powers of ten; a KL begins at 0
+            ax.set_yscale("symlog", linthresh=0.01 if entry.look == "kl" else 1e-6)
     axes.flat[0].legend(fontsize=8)
     for ax in axes.flat[len(there):]:
         ax.axis("off")

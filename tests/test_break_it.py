@@ -295,7 +295,7 @@ def test_the_page_by_hand(results):
     results("k3 upside down", 0, 3.0)  # nothing stands beside it yet
     page = break_it.make_page()
     assert "(#stop-token-left-out) | `within_10pct` | 0.3 (0.2..0.4) | 50 | 50 | 0.8 | 1 |" in page
-    assert "| `distinct` | 0.3 (0.2..0.4) | 0.1 | - | - | 1 |" in page and "| [k3 upside" not in page
+    assert "| `kl` | 0.3 (0.2..0.4) | 0.1 | - | - | 1 |" in page and "| [k3 upside" not in page
     assert "- m.advantages, m.mask,\n+ m.advantages, m.mask & " in page
     assert "python train.py --stages" in page and "### k3 upside" in page
 
