@@ -106,18 +106,22 @@ def wrong_length(rows: Sequence[dict], first: dict, last: dict, config) -> str:
         "give length more weight, and see whether the stop token is trained.")
 
 
-def nothing_happened(rows: Sequence[dict], first: dict, last: dict, config) -> str:
-    kl = last.get("kl")
-    if kl is None or len(rows) < 4 * FEW or last["flat_groups"] > 0.9 or last["grad_norm"] == 0:
+def kl_holds(rows: Sequence[dict], first: dict, last: dict, config) -> str:
+    kl = last.get("kl", 1.0)
+    if config.beta < 0.5 or not 0.002 < kl < 0.02:
         return ""
-    if kl < 0.02 and config.beta >= 0.5:
-        return f"The KL stays at {kl:.1g} nats a token under --beta {config.beta:g}: it holds the policy. Lower --beta."
-    return "" if kl > 0.002 else (f"The KL is {kl:.0e} nats a token after {len(rows)} steps: the policy has hardly "
-                                  f"moved. Raise --lr.")
+    return f"The KL stays at {kl:.1g} nats a token under --beta {config.beta:g}: it holds the policy. Lower --beta."
+
+
+def nothing_happened(rows: Sequence[dict], first: dict, last: dict, config) -> str:
+    kl = last.get("kl", 1.0)
+    if kl > 0.002 or len(rows) < 4 * FEW or last["flat_groups"] > 0.9 or last["grad_norm"] == 0:
+        return ""
+    return f"The KL is {kl:.0e} nats a token after {len(rows)} steps: the policy has hardly moved. Raise --lr."
 
 
 RULES = (("Sampler and trainer do not agree", two_policies), ("All rewards are equal", nothing_to_compare),
          ("All rewards are equal", rounding_is_paid), ("Did anything train?", gradient_of_zero),
          ("The reward is flat", tiny_rewards), ("A perfect reward, and nonsense", becomes_one),
          ("The KL is NaN, or in the billions", runs_away), ("The length is wrong", wrong_length),
-         ("Did anything train?", nothing_happened))
+         ("The reward is flat", kl_holds), ("Did anything train?", nothing_happened))

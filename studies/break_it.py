@@ -204,10 +204,10 @@ GALLERY: dict[str, Entry] = {
             "both are nearly the same.",
         mend="`--kl k3_ratio`."),
     "k3 upside down": Entry(
-        paid(SUM, "--beta", "1"), (Edit(grpo.kl_estimates, "k3 = x.expm1() - x", "k3 = (-x).expm1() + x"),),
-        "KL too strong", says="The KL is in the billions, or jumps", look="kl",
-        why="With the log-ratio's sign turned, the mean is the chi-square distance less the KL, and single tokens "
-            "weigh pi / ref.",
+        paid(SUM, "--lr", "6e-3"), (Edit(grpo.kl_estimates, "k3 = x.expm1() - x", "k3 = (-x).expm1() + x"),),
+        "lr ten times too high", says="The KL is in the billions, or jumps", look="kl",
+        why="With the log-ratio's sign turned, the mean is the chi-square distance less the KL, and a token weighs "
+            "pi / ref. Near the reference model that is nearly the KL, and nothing shows; farther away it is anything.",
         mend="It is the reference's log-probability minus the policy's."),
     "max for min": Entry(
         paid(SUM, "--updates", "4"), (Edit(grpo.policy_loss, "-torch.min(", "-torch.max("),), "four updates",

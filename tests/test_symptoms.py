@@ -77,7 +77,7 @@ def test_older_lines_without_a_number_are_no_error():
     ("The length is wrong", "char_length counts characters",
      run(both={"reward/char_length": -0.1}, last={"length": 9.0}), {}),
     ("Did anything train?", "The KL is 5e-04 nats a token after 220 steps", run(both={"kl": 5e-4}), {}),
-    ("Did anything train?", "under --beta 1: it holds", run(both={"kl": 0.01}), {"beta": 1.0}),
+    ("The reward is flat", "under --beta 1: it holds", run(both={"kl": 0.01}), {"beta": 1.0}),
 ])
 def test_each_symptom_is_named_and_nothing_else(heading, words, rows, config):
     line, = said(rows, **config)
@@ -112,8 +112,8 @@ NAMED = {
     "sampled at 0.7": "Sampler and trainer do not agree", "top-k samples": "Sampler and trainer do not agree",
     "characters for tokens": "The length is wrong", "tiny eps": "All rewards are equal",
     "bf16 without rounding": "Did anything train?", "lean, lr 1e-6": "Did anything train?",
-    "k3 upside down": "Did anything train?", "k3 as a loss": "Did anything train?",
-    "KL too strong": "Did anything train?", "max for min": "The KL is NaN, or in the billions",
+    "k3 upside down": "The KL is NaN, or in the billions", "k3 as a loss": "The reward is flat",
+    "KL too strong": "The reward is flat", "max for min": "The KL is NaN, or in the billions",
     "gradient of zero": "Did anything train?", "reward always 0": "All rewards are equal",
     "every reward 0.7": "All rewards are equal", "KL off": "A perfect reward, and nonsense",
     "lr ten times too high": "The KL is NaN, or in the billions",
