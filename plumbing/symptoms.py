@@ -91,13 +91,18 @@ def runs_away(rows: Sequence[dict], first: dict, last: dict, config) -> str:
         f"--beta is large, look at the estimator (--kl k3_ratio).")
 
 
+def cut_off(rows: Sequence[dict], first: dict, last: dict, config) -> str:
+    cut = config.max_new_tokens
+    if not cut or last["length"] < 0.95 * cut or nothing_to_compare(rows, first, last, config):
+        return ""
+    return (f"The mean length is {last['length']:.0f}, and completions are cut at {cut}: they do not end. Look at "
+            f"the end tokens in generation_config.json, or raise --max-new-tokens.")
+
+
 def wrong_length(rows: Sequence[dict], first: dict, last: dict, config) -> str:
     n = last["length"]
-    if nothing_to_compare(rows, first, last, config):
-        return ""  # which says it better
-    if config.max_new_tokens and n > 0.95 * config.max_new_tokens:
-        return (f"The mean length is {n:.0f}, and completions are cut at {config.max_new_tokens}: they do not end. "
-                f"Look at the end tokens in generation_config.json, or raise --max-new-tokens.")
+    if any(rule(rows, first, last, config) for rule in (nothing_to_compare, cut_off)):
+        return ""  # which say it better
     paid = [name for name in ("char_length", "length") if f"reward/{name}" in last]
     if "within_10pct" not in last or not paid or abs(n - config.target) < 0.25 * config.target:
         return ""  # there is no wanted length, nobody pays for it, or it is not far
@@ -123,5 +128,6 @@ def nothing_happened(rows: Sequence[dict], first: dict, last: dict, config) -> s
 RULES = (("Sampler and trainer do not agree", two_policies), ("All rewards are equal", nothing_to_compare),
          ("All rewards are equal", rounding_is_paid), ("Did anything train?", gradient_of_zero),
          ("The reward is flat", tiny_rewards), ("A perfect reward, and nonsense", becomes_one),
-         ("The KL is NaN, or in the billions", runs_away), ("The length is wrong", wrong_length),
-         ("The reward is flat", kl_holds), ("Did anything train?", nothing_happened))
+         ("The KL is NaN, or in the billions", runs_away), ("Every completion is cut off", cut_off),
+         ("The length is wrong", wrong_length), ("The reward is flat", kl_holds),
+         ("Did anything train?", nothing_happened))

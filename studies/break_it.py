@@ -51,6 +51,7 @@ RESULTS = Path(__file__).parent / "results" / "break_it"
 STEPS, LAST = 50, 10  # of a run; of the end, over which a number is a mean
 CURVES = ("reward", "reward_std", "length", "within_10pct", "kl", "entropy", "distinct", "templated", "repetition",
           "invented", "flat_groups", "grad_norm", "logp_gap", "ratio", "clip_frac", "loss")
+SHARES = ("within_10pct", "repetition", "invented", "flat_groups", "moved")
 
 
 # --- an edit ----------------------------------------------------------------------------------------------------------
@@ -390,12 +391,15 @@ def at_the_end(result: dict, look: str) -> float | None:
     return fmean(values) if values else None
 
 
-def cell(values: Sequence[float | None]) -> str:
-    """Mean (least..most) over the seeds."""
+def cell(values: Sequence[float | None], look: str) -> str:
+    """Mean (least..most) over the seeds, shares in per cent."""
     there = [value for value in values if value is not None]
     if not there:
         return "-"
-    form = "{:.3g}".format
+
+    def form(x: float) -> str:
+        return f"{100 * x:.2g}%" if look in SHARES else f"{x:.3g}"
+
     return form(fmean(there)) + (f" ({form(min(there))}..{form(max(there))})" if len(there) > 1 else "")
 
 
@@ -415,8 +419,8 @@ def make_page() -> str:
     text = ("| mistake | look at | without it | with it | held out: within 10% | ROUGE-L | seeds |\n"
             "| --- | --- | --- | --- | --- | --- | --- |\n")
     for name, (entry, sick, healthy) in done().items():
-        seen = [cell([at_the_end(r, entry.look) for r in some]) for some in (healthy, sick)]
-        held = [cell([r["val"][-1][key] for r in sick if not r["ended"]]) for key in ("within_10pct", "rouge_l")]
+        seen = [cell([at_the_end(r, entry.look) for r in some], entry.look) for some in (healthy, sick)]
+        held = [cell([r["val"][-1][key] for r in sick if not r["ended"]], key) for key in ("within_10pct", "rouge_l")]
         anchor = re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-")
         text += f"| [{name}](#{anchor}) | `{entry.look}` | {' | '.join([*seen, *held, str(len(sick))])} |\n"
     for name, entry in GALLERY.items():

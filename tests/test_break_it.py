@@ -290,14 +290,14 @@ def test_the_page_by_hand(results):
     """Means of the last ten steps over the seeds, least and most; what has not been run is not there."""
     for seed, value in enumerate((0.2, 0.4)):
         results("healthy", seed, value)
-    results("stop token left out", 0, 50.0)
+    results("stop token left out", 0, 0.5)
     results("lr ten times too high", 0, 0.1, ended="A weight is not finite in step 7")
-    results("k3 upside down", 0, 3.0)  # nothing stands beside it yet
+    results("k1 as a loss", 0, 3.0)  # nothing stands beside it yet
     page = break_it.make_page()
-    assert "(#stop-token-left-out) | `within_10pct` | 0.3 (0.2..0.4) | 50 | 50 | 0.8 | 1 |" in page
-    assert "| `kl` | 0.3 (0.2..0.4) | 0.1 | - | - | 1 |" in page and "| [k3 upside" not in page
+    assert "(#stop-token-left-out) | `within_10pct` | 30% (20%..40%) | 50% | 50% | 0.8 | 1 |" in page
+    assert "| `kl` | 0.3 (0.2..0.4) | 0.1 | - | - | 1 |" in page and "| [k1 as" not in page
     assert "- m.advantages, m.mask,\n+ m.advantages, m.mask & " in page
-    assert "python train.py --stages" in page and "### k3 upside" in page
+    assert "python train.py --stages" in page and "### k1 as" in page
 
 
 def test_figures_and_tables_are_made_of_results_alone(results, tmp_path, capsys):

@@ -72,7 +72,7 @@ def test_older_lines_without_a_number_are_no_error():
     ("A perfect reward, and nonsense", "flat_groups 0.00 -> 1.00", run(last={"flat_groups": 1.0, "grad_norm": 0.0}),
      {}),
     ("The KL is NaN, or in the billions", "The KL is 3.2 nats", run(last={"kl": 3.2}), {}),
-    ("The length is wrong", "cut at 80: they do not end", run(both={"length": 80.0}), {}),
+    ("Every completion is cut off", "cut at 80: they do not end", run(both={"length": 80.0}), {}),
     ("The length is wrong", "is 12 tokens and --target is 40: give length", run(last={"length": 12.0}), {}),
     ("The length is wrong", "char_length counts characters",
      run(both={"reward/char_length": -0.1}, last={"length": 9.0}), {}),
@@ -108,7 +108,7 @@ def test_a_run_says_it_at_its_end(tmp_path, capsys):
 
 # What the runs of the gallery are told, and those of which the curves show nothing that is far from usual.
 NAMED = {
-    "one end token of two": "The length is wrong", "every completion cut": "All rewards are equal",
+    "one end token of two": "Every completion is cut off", "every completion cut": "All rewards are equal",
     "sampled at 0.7": "Sampler and trainer do not agree", "top-k samples": "Sampler and trainer do not agree",
     "characters for tokens": "The length is wrong", "tiny eps": "All rewards are equal",
     "bf16 without rounding": "Did anything train?", "lean, lr 1e-6": "Did anything train?",
