@@ -384,7 +384,9 @@ def moved(run: Run) -> float:
 
 
 def at_the_end(result: dict, look: str) -> float | None:
-    """The number in which one sees it: the mean of the last steps. None where the run has none."""
+    """The number in which one sees it: the mean of the last steps, or of the last evaluation. None: there is none."""
+    if look.startswith("held out, "):
+        return None if result["ended"] else result["val"][-1][look.removeprefix("held out, ")]
     if look == "moved":
         return result["moved"]
     values = [value for value in result["curves"][look][-LAST:] if value is not None]
@@ -398,7 +400,7 @@ def cell(values: Sequence[float | None], look: str) -> str:
         return "-"
 
     def form(x: float) -> str:
-        return f"{100 * x:.2g}%" if look in SHARES else f"{x:.3g}"
+        return f"{100 * x:.2g}%" if look.removeprefix("held out, ") in SHARES else f"{x:.3g}"
 
     return form(fmean(there)) + (f" ({form(min(there))}..{form(max(there))})" if len(there) > 1 else "")
 
@@ -416,17 +418,19 @@ def done() -> dict[str, tuple[Entry, list[dict], list[dict]]]:
 
 def make_page() -> str:
     """The numbers of all mistakes that have been run, and what is to be said of each."""
-    text = ("| mistake | look at | without it | with it | held out: within 10% | ROUGE-L | seeds |\n"
-            "| --- | --- | --- | --- | --- | --- | --- |\n")
+    text = ("| mistake | look at | without -> with it | held out: within 10% | held out: ROUGE-L | seeds |\n"
+            "| --- | --- | --- | --- | --- | --- |\n")
     for name, (entry, sick, healthy) in done().items():
-        seen = [cell([at_the_end(r, entry.look) for r in some], entry.look) for some in (healthy, sick)]
-        held = [cell([r["val"][-1][key] for r in sick if not r["ended"]], key) for key in ("within_10pct", "rouge_l")]
+        seen = [" -> ".join(cell([at_the_end(r, name) for r in some], name) for some in (healthy, sick))
+                for name in (entry.look, "held out, within_10pct", "held out, rouge_l")]
         anchor = re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-")
-        text += f"| [{name}](#{anchor}) | `{entry.look}` | {' | '.join([*seen, *held, str(len(sick))])} |\n"
+        ended = "".join(f"; {r['ended']}" for r in sick if r["ended"])
+        text += f"| [{name}](#{anchor}) | `{entry.look}` | {' | '.join(seen)} | {len(sick)}{ended} |\n"
     for name, entry in GALLERY.items():
         beside = f", beside *{entry.beside}*" if entry.beside != "healthy" else ""
-        text += f"\n### {name}\n\n\"{entry.says}\"\n\n{change(name)}\n{entry.why} Look at `{entry.look}`{beside}. " \
-                f"Mend it: {entry.mend}\n" if entry.says else ""
+        about = f"{entry.why} Look at `{entry.look}`{beside}. Mend it: {entry.mend}"
+        if entry.says:
+            text += f"\n### {name}\n\n\"{entry.says}\"\n\n{change(name)}\n{textwrap.fill(about, 120)}\n"
     return text
 
 

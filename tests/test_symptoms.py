@@ -125,6 +125,8 @@ NAMED = {
 @pytest.mark.parametrize("name", GALLERY)
 def test_the_real_runs_of_the_gallery(name):
     for result in results(name):
+        if result["ended"]:  # with an error, whose sentence says what to change
+            continue
         rows = [{"stage": 1, **dict(zip(result["curves"], values))} for values in zip(*result["curves"].values())]
         lines = said(rows, **{**result["config"], "max_new_tokens": 80})
         if name in NAMED:
