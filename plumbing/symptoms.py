@@ -73,15 +73,24 @@ def tiny_rewards(rows: Sequence[dict], first: dict, last: dict, config) -> str:
             f"the KL wins. Multiply the reward, so that completions differ by about 1.")
 
 
-def becomes_one(rows: Sequence[dict], first: dict, last: dict, config) -> str:
+def collapsed(rows: Sequence[dict], first: dict, last: dict, config) -> str:
+    if last["entropy"] > 0.02 or last["entropy"] > 0.1 * first["entropy"]:
+        return ""
+    return (f"The entropy is {last['entropy']:.1g} nats a token: one completion has won, and nothing is left to "
+            f"compare. Start again, or go on from an earlier checkpoint, with a lower --lr.")
+
+
+def games(rows: Sequence[dict], first: dict, last: dict, config) -> str:
+    if collapsed(rows, first, last, config):
+        return ""  # which says it better
     there = [name for name in ("distinct", "templated", "repetition", "entropy", "invented", "flat_groups")
              if name in first and name in last]
     sick = {"distinct": lambda a, b: b < 0.4 * a, "templated": lambda a, b: b > a + 0.2,
             "repetition": lambda a, b: b > a + 0.1, "entropy": lambda a, b: not 0.2 * a < b < 2 * a,
             "invented": lambda a, b: b > a + 0.15, "flat_groups": lambda a, b: b > a + 0.5}
     wrong = [f"{name} {first[name]:.2f} -> {last[name]:.2f}" for name in there if sick[name](first[name], last[name])]
-    return "" if not wrong else (", ".join(wrong) + ": the policy games its reward, or has collapsed. Read some "
-                                 "summaries; then raise --beta, lower --lr, or pay for quality as well.")
+    return "" if not wrong else (", ".join(wrong) + ": the policy games its reward, or forgets its language. Read "
+                                 "some summaries; then raise --beta, lower --lr, or pay for quality as well.")
 
 
 def runs_away(rows: Sequence[dict], first: dict, last: dict, config) -> str:
@@ -93,7 +102,8 @@ def runs_away(rows: Sequence[dict], first: dict, last: dict, config) -> str:
 
 def cut_off(rows: Sequence[dict], first: dict, last: dict, config) -> str:
     cut = config.max_new_tokens
-    if not cut or last["length"] < 0.95 * cut or nothing_to_compare(rows, first, last, config):
+    said = any(rule(rows, first, last, config) for rule in (nothing_to_compare, collapsed))
+    if not cut or last["length"] < 0.95 * cut or said:
         return ""
     return (f"The mean length is {last['length']:.0f}, and completions are cut at {cut}: they do not end. Look at "
             f"the end tokens in generation_config.json, or raise --max-new-tokens.")
@@ -101,8 +111,8 @@ def cut_off(rows: Sequence[dict], first: dict, last: dict, config) -> str:
 
 def wrong_length(rows: Sequence[dict], first: dict, last: dict, config) -> str:
     n = last["length"]
-    if any(rule(rows, first, last, config) for rule in (nothing_to_compare, cut_off)):
-        return ""  # which say it better
+    if any(rule(rows, first, last, config) for rule in (nothing_to_compare, collapsed, cut_off)):
+        return ""
     paid = [name for name in ("char_length", "length") if f"reward/{name}" in last]
     if "within_10pct" not in last or not paid or abs(n - config.target) < 0.25 * config.target:
         return ""  # there is no wanted length, nobody pays for it, or it is not far
@@ -127,7 +137,7 @@ def nothing_happened(rows: Sequence[dict], first: dict, last: dict, config) -> s
 
 RULES = (("Sampler and trainer do not agree", two_policies), ("All rewards are equal", nothing_to_compare),
          ("All rewards are equal", rounding_is_paid), ("Did anything train?", gradient_of_zero),
-         ("The reward is flat", tiny_rewards), ("A perfect reward, and nonsense", becomes_one),
-         ("The KL is NaN, or in the billions", runs_away), ("Every completion is cut off", cut_off),
-         ("The length is wrong", wrong_length), ("The reward is flat", kl_holds),
+         ("The reward is flat", tiny_rewards), ("Suddenly it writes !!!!", collapsed),
+         ("A perfect reward, and nonsense", games), ("The KL is NaN, or in the billions", runs_away),
+         ("Every completion is cut off", cut_off), ("The length is wrong", wrong_length), ("The reward is flat", kl_holds),
          ("Did anything train?", nothing_happened))

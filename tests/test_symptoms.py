@@ -64,6 +64,8 @@ def test_older_lines_without_a_number_are_no_error():
     ("All rewards are equal", "rounding of a mean", run(both={"reward_std": 0.0}), {}),
     ("Did anything train?", "exactly 0 in every step", run(both={"grad_norm": 0.0, "kl": 0.0}), {}),
     ("The reward is flat", "reward_std is 2e-06", run(both={"reward_std": 2e-6}), {}),
+    ("Suddenly it writes !!!!", "The entropy is 0.0003 nats",
+     run(last={"entropy": 3e-4, "distinct": 0.0, "flat_groups": 1.0, "length": 80.0}), {}),
     ("A perfect reward, and nonsense", "distinct 0.34 -> 0.10", run(last={"distinct": 0.1}), {}),
     ("A perfect reward, and nonsense", "entropy 0.30 -> 1.70", run(last={"entropy": 1.7}), {}),
     ("A perfect reward, and nonsense", "invented 0.01 -> 0.91", run(last={"invented": 0.91}), {}),
@@ -117,7 +119,7 @@ NAMED = {
     "gradient of zero": "Did anything train?", "reward always 0": "All rewards are equal",
     "every reward 0.7": "All rewards are equal", "KL off": "A perfect reward, and nonsense",
     "lr ten times too high": "The KL is NaN, or in the billions",
-    "lr a hundred times too high": "A perfect reward, and nonsense", "lr ten times too low": "Did anything train?",
+    "lr a hundred times too high": "Suddenly it writes !!!!", "lr ten times too low": "Did anything train?",
     "1e13 more": "All rewards are equal", "a factor of 1e-5": "The reward is flat",
 }
 
