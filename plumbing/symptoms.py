@@ -95,9 +95,10 @@ def games(rows: Sequence[dict], first: dict, last: dict, config) -> str:
 
 def runs_away(rows: Sequence[dict], first: dict, last: dict, config) -> str:
     kl = last.get("kl", 0.0)
-    return "" if kl < 1 else (
-        f"The KL is {kl:.2g} nats a token: the policy has left its reference model. Raise --beta or lower --lr; where "
-        f"--beta is large, look at the estimator (--kl k3_ratio).")
+    if kl < 1 and config.beta * kl < 0.1:  # a healthy run's costs less than a tenth of what an advantage of 1 brings
+        return ""
+    return (f"The KL is {kl:.2g} nats a token under --beta {config.beta:g}: the policy has left its reference model. "
+            f"Raise --beta or lower --lr; where --beta is large, look at the estimator (--kl k3_ratio).")
 
 
 def cut_off(rows: Sequence[dict], first: dict, last: dict, config) -> str:
@@ -139,5 +140,5 @@ RULES = (("Sampler and trainer do not agree", two_policies), ("All rewards are e
          ("All rewards are equal", rounding_is_paid), ("Did anything train?", gradient_of_zero),
          ("The reward is flat", tiny_rewards), ("Suddenly it writes !!!!", collapsed),
          ("A perfect reward, and nonsense", games), ("The KL is NaN, or in the billions", runs_away),
-         ("Every completion is cut off", cut_off), ("The length is wrong", wrong_length), ("The reward is flat", kl_holds),
-         ("Did anything train?", nothing_happened))
+         ("Every completion is cut off", cut_off), ("The length is wrong", wrong_length),
+         ("The reward is flat", kl_holds), ("Did anything train?", nothing_happened))

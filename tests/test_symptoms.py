@@ -74,6 +74,7 @@ def test_older_lines_without_a_number_are_no_error():
     ("A perfect reward, and nonsense", "flat_groups 0.00 -> 1.00", run(last={"flat_groups": 1.0, "grad_norm": 0.0}),
      {}),
     ("The KL is NaN, or in the billions", "The KL is 3.2 nats", run(last={"kl": 3.2}), {}),
+    ("The KL is NaN, or in the billions", "is 0.2 nats a token under --beta 1", run(last={"kl": 0.2}), {"beta": 1.0}),
     ("Every completion is cut off", "cut at 80: they do not end", run(both={"length": 80.0}), {}),
     ("The length is wrong", "is 12 tokens and --target is 40: give length", run(last={"length": 12.0}), {}),
     ("The length is wrong", "char_length counts characters",
@@ -108,23 +109,25 @@ def test_a_run_says_it_at_its_end(tmp_path, capsys):
     assert "What the curves say: logp_gap is 2.3" in out.partition("Done in 1:00")[2]
 
 
-# What the runs of the gallery are told, and those of which the curves show nothing that is far from usual.
+# What the runs of the gallery are told, and those that are healthy. Of the others the curves may show it or not.
 NAMED = {
     "one end token of two": "Every completion is cut off", "every completion cut": "All rewards are equal",
     "sampled at 0.7": "Sampler and trainer do not agree", "top-k samples": "Sampler and trainer do not agree",
     "characters for tokens": "The length is wrong", "tiny eps": "All rewards are equal",
     "bf16 without rounding": "Did anything train?", "lean, lr 1e-6": "Did anything train?",
-    "k3 upside down": "The KL is NaN, or in the billions", "k3 as a loss": "The reward is flat",
-    "KL too strong": "The reward is flat", "max for min": "The KL is NaN, or in the billions",
+    "k1 as a loss": "The KL is NaN, or in the billions", "k3 upside down": "The KL is NaN, or in the billions",
+    "k3 as a loss": "The reward is flat", "KL too strong": "The reward is flat",
+    "max for min": "The KL is NaN, or in the billions",
     "gradient of zero": "Did anything train?", "reward always 0": "All rewards are equal",
     "every reward 0.7": "All rewards are equal", "KL off": "A perfect reward, and nonsense",
     "lr ten times too high": "The KL is NaN, or in the billions",
     "lr a hundred times too high": "Suddenly it writes !!!!", "lr ten times too low": "Did anything train?",
     "1e13 more": "All rewards are equal", "a factor of 1e-5": "The reward is flat",
 }
+HEALTHY = ("healthy", "length only", "rouge_l only", "four updates", "100 more")
 
 
-@pytest.mark.parametrize("name", GALLERY)
+@pytest.mark.parametrize("name", [*NAMED, *HEALTHY])
 def test_the_real_runs_of_the_gallery(name):
     for result in results(name):
         if result["ended"]:  # with an error, whose sentence says what to change
@@ -134,4 +137,4 @@ def test_the_real_runs_of_the_gallery(name):
         if name in NAMED:
             assert any(NAMED[name] in line for line in lines), (result["config"]["seed"], lines)
         else:
-            assert lines == [], result["config"]["seed"]
+            assert lines == [], (result["config"]["seed"], lines)
