@@ -9,7 +9,7 @@ import pytest
 from config import Config, parse_stages
 from plumbing.log import Log
 from plumbing.symptoms import RULES, symptoms
-from studies.break_it import GALLERY, results
+from studies.break_it import results
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"target": 40, "beta": 0.1, "lean": False, "max_new_tokens": 80}
