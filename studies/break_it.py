@@ -268,7 +268,8 @@ GALLERY: dict[str, Entry] = {
     "one reward wins": Entry(
         paid("20*length + rouge_l"), look="reward/rouge_l",
         says="Several rewards: the sum rises, and one of them does not",
-        why="Divided by the std of the sum, the part that varies most has nearly all of the advantage.",
+        why="Divided by the std of the sum, the part that varies most has nearly all of the advantage. Here that costs "
+            "little: a summary of the right length is also nearer to the reference.",
         mend="Weights by their spread, or `--advantage gdpo`; watch `reward/NAME`."),
     "100 more": Entry(
         paid(SUM), (Edit(rewards.Reward.__call__, "totals = [sum(", "totals = [100 + sum("),),
