@@ -131,8 +131,12 @@ def kl_holds(rows: Sequence[dict], first: dict, last: dict, config) -> str:
 
 def nothing_happened(rows: Sequence[dict], first: dict, last: dict, config) -> str:
     kl = last.get("kl", 1.0)
-    if kl > 0.002 or len(rows) < 4 * FEW or last["flat_groups"] > 0.9 or last["grad_norm"] == 0:
+    one_stage = rows[0]["stage"] == rows[-1]["stage"]  # the rewards of two are not to be compared
+    no_better = one_stage and last["reward"] < first["reward"] + 0.25 * first["reward_std"]
+    if kl > (0.01 if no_better else 0.002) or len(rows) < 4 * FEW:
         return ""
+    if last["flat_groups"] > 0.9 or last["grad_norm"] == 0 or kl_holds(rows, first, last, config):
+        return ""  # of which another rule says more
     return f"The KL is {kl:.0e} nats a token after {len(rows)} steps: the policy has hardly moved. Raise --lr."
 
 

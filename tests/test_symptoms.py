@@ -38,6 +38,7 @@ def test_a_healthy_run_and_a_short_one_are_left_alone():
     lean = run(both={"logp_gap": 0.4})  # the most that the default run had in bfloat16, at any token
     assert said(lean, lean=True) == [] and "logp_gap is 0.4" in said(lean)[0]
     assert said(run(both={"kl": 5e-4}, steps=30)) == []  # too early to tell
+    assert said(run(both={"kl": 5e-3})) == []  # slow, but the reward has risen
     # SQUISH, at the far end of what its healthy runs do: over their budgets at first, no wanted length, short groups.
     squish = run({"length": 25, "flat_groups": 0.33, "reward_std": 0.04, "entropy": 0.64, "distinct": 0.59},
                  {"length": 9, "kl": 0.45, "reward_std": 0.036, "entropy": 0.22, "distinct": 0.32})
@@ -80,6 +81,7 @@ def test_older_lines_without_a_number_are_no_error():
     ("The length is wrong", "char_length counts characters",
      run(both={"reward/char_length": -0.1}, last={"length": 9.0}), {}),
     ("Did anything train?", "The KL is 5e-04 nats a token after 220 steps", run(both={"kl": 5e-4}), {}),
+    ("Did anything train?", "The KL is 5e-03 nats a token", run(both={"kl": 5e-3, "reward": 0.1}), {}),
     ("The reward is flat", "under --beta 1: it holds", run(both={"kl": 0.01}), {"beta": 1.0}),
 ])
 def test_each_symptom_is_named_and_nothing_else(heading, words, rows, config):
