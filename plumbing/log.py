@@ -16,6 +16,7 @@ from typing import TextIO
 
 from plumbing.folder import read_json, write_text
 from plumbing.scripts import without_rouge
+from plumbing.symptoms import symptoms
 from plumbing.words import find_wordnet, how_to_get_wordnet
 
 # The progress line: key of metrics.jsonl, title, width, format.
@@ -206,6 +207,8 @@ class Log:
                  f"\nDone in {int(seconds // 60)}:{int(seconds % 60):02d}"
                  + ("" if peak is None else f", with at most {peak:.1f} GiB of memory")
                  + f". {curves} model is in {self.folder / 'model'}.")
+        for line in symptoms(self.rows, self.config):
+            self.say(f"What the curves say: {line}")
 
 
 def grade(row: dict) -> str:
