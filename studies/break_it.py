@@ -24,9 +24,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
@@ -44,6 +42,7 @@ from plumbing.cli import read_arguments
 from plumbing.curves import new_figure
 from plumbing.folder import read_json, write_file, write_text
 from plumbing.log import read_lines
+from plumbing.once import as_json, digest, same_settings, side_by_side
 from plumbing.posts import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -312,11 +311,14 @@ class Run(NamedTuple):
         return RESULTS / f"{self.slug}.json"
 
     @property
+    def config(self) -> Config:
+        return read_arguments(Config, self.flags, "")[0]
+
+    @property
     def decides(self) -> dict:
         """All that decides a run: where one of it is another, the run is done again."""
         edits = [[e.function.__qualname__, e.old, e.new] for e in self.entry.edits]
-        config = asdict(read_arguments(Config, self.flags, "")[0])
-        return json.loads(json.dumps({"config": config, "edits": edits, "model": embedded()}))
+        return {"config": as_json(self.config), "edits": edits, "model": embedded()}
 
     @property
     def folder(self) -> Path:
@@ -328,7 +330,7 @@ class Run(NamedTuple):
 def embedded() -> str:
     """A hash of the embedded model and its posts."""
     names = ("model.safetensors", "tokenizer.json", "train.jsonl", "val.jsonl")
-    return hashlib.sha256(b"".join((TINY / name).read_bytes() for name in names)).hexdigest()[:12]
+    return digest(TINY / name for name in names)
 
 
 def result_of(run: Run) -> dict | None:
@@ -336,9 +338,8 @@ def result_of(run: Run) -> dict | None:
     if not run.result.exists():
         return None
     result = read_json(run.result)
-    defaults = json.loads(json.dumps(asdict(Config())))  # a setting that is newer than the result had its default
-    had = result | {"config": defaults | result["config"]}
-    return result if all(had[key] == value for key, value in run.decides.items()) else None
+    same = same_settings(result["config"], run.config, Config())
+    return result if same and all(result[key] == run.decides[key] for key in ("edits", "model")) else None
 
 
 def train_broken(run: Run) -> int:
@@ -528,11 +529,7 @@ def run_all(args: argparse.Namespace) -> None:
         print(f"  {run.name}, seed {run.seed}: {result['seconds']} s{' ' * bool(result['ended'])}{result['ended']}",
               flush=True)
 
-    with ThreadPoolExecutor(args.jobs) as pool:
-        try:
-            list(pool.map(job, left))
-        finally:
-            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C nothing new is begun
+    side_by_side(job, left, args.jobs)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -40,6 +39,7 @@ from model import load
 from plumbing.cli import read_arguments
 from plumbing.folder import read_json, write_text
 from plumbing.log import read_lines
+from plumbing.once import digest, same_settings, side_by_side
 from plumbing.posts import TINY, load_posts
 from plumbing.tables import Column, table
 from plumbing.words import find_wordnet
@@ -81,7 +81,7 @@ class Run(NamedTuple):
 def embedded() -> str:
     """A hash of the embedded model and its posts."""
     names = ("model.safetensors", "tokenizer.json", "train.jsonl", "val.jsonl", "test.jsonl")
-    return hashlib.sha256(b"".join((TINY / name).read_bytes() for name in names)).hexdigest()[:12]
+    return digest(TINY / name for name in names)
 
 
 # --- your experiment starts here --------------------------------------------------------------------------------------
@@ -208,10 +208,8 @@ def result_of(run: Run) -> dict | None:
     if not run.result.exists():
         return None
     result = read_json(run.result)
-    # As JSON has them: lists for tuples. A setting that is newer than the result had its default.
-    config, defaults = (json.loads(json.dumps(asdict(c))) for c in (run.config, Config()))
-    same = all(result["config"].get(name, defaults[name]) == value for name, value in config.items())
-    return result if same and result["model"] == embedded() else None
+    same = same_settings(result["config"], run.config, Config()) and result["model"] == embedded()
+    return result if same else None
 
 
 def train(run: Run, threads: int) -> None:
@@ -368,11 +366,7 @@ def do(runs: list[Run], args: argparse.Namespace, threads: int) -> None:
     if runs:
         print(f"{runs[0].set}: {len(left)} of {len(runs)} runs to do, {args.jobs} at a time, {threads} threads each",
               flush=True)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        try:
-            list(pool.map(job, left))
-        finally:
-            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C nothing new is begun
+    side_by_side(job, left, args.jobs)
 
 
 if __name__ == "__main__":
