@@ -25,9 +25,6 @@ def same_settings(had: dict, config, default) -> bool:
 
 
 def side_by_side(work: Callable, jobs: Iterable, at_once: int) -> None:
-    """work(job) of each, so many at a time. After an error, or Ctrl-C, no other is begun."""
+    """work(job) of each, so many at a time. After an error, or Ctrl-C, no other is begun: `map` cancels them."""
     with ThreadPoolExecutor(at_once) as pool:
-        try:
-            list(pool.map(work, jobs))
-        finally:
-            pool.shutdown(cancel_futures=True)
+        list(pool.map(work, jobs))

@@ -3,6 +3,7 @@
 import itertools
 import json
 import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 from metrics import distinct, own_shares
 from plumbing import tables
 from plumbing.folder import read_json
+from plumbing.once import side_by_side
 from plumbing.tables import Column
 from rewards import parse
 from studies import rewards_grid as grid
@@ -330,3 +332,18 @@ def test_it_trains_and_measures_for_real(results, monkeypatch, capsys):
     monkeypatch.setattr(grid.subprocess, "run", None)  # no run is begun again
     assert grid.main(command) == 0
     assert capsys.readouterr().out.partition("## grid")[2] == said.partition("## grid")[2]
+
+
+def test_after_an_error_nothing_new_is_begun():
+    """What runs then is awaited; the rest of the queue is left, and a night of runs ends with the first mistake."""
+    begun = []
+
+    def work(job):
+        begun.append(job)
+        if job == 0:
+            raise RuntimeError("the first one fails")
+        time.sleep(0.05)
+
+    with pytest.raises(RuntimeError, match="the first one fails"):
+        side_by_side(work, range(20), 2)
+    assert 0 in begun and len(begun) < 10
