@@ -48,6 +48,7 @@ from tests.helpers import byte_bpe, nltk_wordnet
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(os.cpu_count())  # tests/helpers.py has set it to one
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of all models, ours and the peers'
 
 GROUPS, G, WORDS, ROUNDS = 8, 8, 55, 15  # 64 completions of 55 words: about 64 tokens
 
@@ -135,9 +136,16 @@ def in_a_process(job, *args):
 
 def timed(job, *args):
     call = job(*args)  # loads what it needs and is not timed; the function that it returns is
-    begun = time.perf_counter()
+    begun = clock()
     result = call()
-    return result, time.perf_counter() - begun, memory.peak("cpu")
+    return result, clock() - begun, memory.peak(DEVICE)
+
+
+def clock() -> float:
+    """Seconds, once the GPU has done what it was told to do."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def squish_ours(folder, document, summaries, dtype):
@@ -148,7 +156,7 @@ def squish_ours(folder, document, summaries, dtype):
 def squish_obvious(folder, document, summaries, dtype):
     """What one would write with transformers: all rows in one padded batch, all logits, log_softmax, gather, mask."""
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(DEVICE)
     tokenizer = load_tokenizer(folder)
     first, middle = sq.TEMPLATE.removesuffix("{document}").split("{summary}")
     text = tokenizer.encode(document).ids
@@ -158,10 +166,11 @@ def squish_obvious(folder, document, summaries, dtype):
     @torch.no_grad()
     def call():
         longest = max(map(len, contexts)) + len(text)
-        ids = torch.tensor([c + text + [0] * (longest - len(c) - len(text)) for c in contexts])
-        mask = torch.tensor([[1] * (len(c) + len(text)) + [0] * (longest - len(c) - len(text)) for c in contexts])
+        rows = [c + text for c in contexts]
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=DEVICE)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=DEVICE)
         is_document = torch.tensor([[0] * len(c) + [1] * len(text) + [0] * (longest - len(c) - len(text))
-                                    for c in contexts]).bool()
+                                    for c in contexts], device=DEVICE).bool()
         logits = model(input_ids=ids, attention_mask=mask).logits
         logp = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
         bits = -(logp * is_document[:, 1:]).sum(1) / math.log(2)
@@ -257,11 +266,11 @@ def prompt_ids(n: int) -> list[list[int]]:
 
 def bandwidth() -> float:
     """How many GiB of memory this machine reads in a second: it sums up 512 MiB, best of five."""
-    x, best = torch.ones(2 ** 27), math.inf
+    x, best = torch.ones(2 ** 27, device=DEVICE), math.inf
     for _ in range(5):
-        begun = time.perf_counter()
+        begun = clock()
         x.sum()
-        best = min(best, time.perf_counter() - begun)
+        best = min(best, clock() - begun)
     return 0.5 / best
 
 
@@ -269,11 +278,11 @@ def arithmetic(dtype: torch.dtype) -> float:
     """Operations a second in a large product, in `dtype` or float32, whichever is faster here; best of five."""
     best = math.inf
     for kind in {dtype, torch.float32}:
-        x, W = torch.randn(1024, 2048, dtype=kind), torch.randn(6144, 2048, dtype=kind)
+        x, W = torch.randn(1024, 2048, dtype=kind, device=DEVICE), torch.randn(6144, 2048, dtype=kind, device=DEVICE)
         for _ in range(5):
-            begun = time.perf_counter()
+            begun = clock()
             x @ W.T
-            best = min(best, time.perf_counter() - begun)
+            best = min(best, clock() - begun)
     return 2 * x.numel() * len(W) / best
 
 
@@ -284,19 +293,19 @@ def sampling_ours(folder, dtype):
     sample(model, prompts, 8, WARM, stop_ids=[])
 
     def call():
-        begun = time.perf_counter()
+        begun = clock()
         sample(model, prompts, 8, 1, stop_ids=[])
-        first = time.perf_counter()
+        first = clock()
         sample(model, prompts, 8, NEW, stop_ids=[])
-        return time.perf_counter() - first, first - begun
+        return clock() - first, first - begun
 
     return call
 
 
 def sampling_transformers(folder, dtype):
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    ids = torch.tensor(prompt_ids(1)).expand(8, -1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(DEVICE)
+    ids = torch.tensor(prompt_ids(1), device=DEVICE).expand(8, -1)
 
     def generate(n):
         with torch.no_grad():
@@ -306,11 +315,11 @@ def sampling_transformers(folder, dtype):
     generate(WARM)
 
     def call():
-        begun = time.perf_counter()
+        begun = clock()
         generate(1)
-        first = time.perf_counter()
+        first = clock()
         generate(NEW)
-        return time.perf_counter() - first, first - begun
+        return clock() - first, first - begun
 
     return call
 
@@ -369,13 +378,13 @@ def step_ours(folder, groups, how, steps):
     def call():
         times = []
         for i in range(steps):
-            begun = time.perf_counter()
+            begun = clock()
             batch = sample(model, prompt_ids(groups), 8, NEW, stop_ids=[], seed=i, tokenizer=tokenizer)
-            sampled = time.perf_counter()
+            sampled = clock()
             for group in batch:
                 group.rewards = torch.arange(8.0)
             grpo.update(model, ref_model, batch, optimizer, config)
-            times.append((time.perf_counter() - begun, sampled - begun))
+            times.append((clock() - begun, sampled - begun))
         return times[1:] if "compile" in how else times  # the first step compiles
 
     return call
@@ -391,7 +400,7 @@ def step_trl(folder, groups, how, steps):
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
-            marks.append(time.perf_counter())
+            marks.append(clock())
 
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
@@ -400,12 +409,12 @@ def step_trl(folder, groups, how, steps):
         callbacks=[Clock()],
         args=GRPOConfig(output_dir=folder + "/trl", per_device_train_batch_size=8 * groups, num_generations=8,
                         max_completion_length=NEW, max_steps=steps, beta=0.05, learning_rate=1e-6, temperature=1.0,
-                        loss_type="grpo", gradient_checkpointing="checkpointing" in how, use_cpu=True,
-                        report_to=[], bf16=False, generation_kwargs={"min_new_tokens": NEW}, save_strategy="no",
-                        logging_strategy="no", disable_tqdm=True, optim="adamw_torch_fused"))
+                        loss_type="grpo", gradient_checkpointing="checkpointing" in how, use_cpu=DEVICE == "cpu",
+                        report_to=[], bf16="bfloat16" in how, generation_kwargs={"min_new_tokens": NEW},
+                        save_strategy="no", logging_strategy="no", disable_tqdm=True, optim="adamw_torch_fused"))
 
     def call():
-        begun = time.perf_counter()
+        begun = clock()
         trainer.train()
         return [(b - a, float("nan")) for a, b in zip([begun, *marks], marks)]
 
@@ -414,7 +423,7 @@ def step_trl(folder, groups, how, steps):
 
 STEP_ROWS = ("ours, float32", "ours, float32, checkpointing", "ours, float32, compile", "ours, lean",
              "ours, lean, checkpointing", "ours, LoRA, float32", "ours, LoRA, lean", "trl, float32",
-             "trl, float32, checkpointing")
+             "trl, float32, checkpointing", *(["trl, bfloat16"] if DEVICE == "cuda" else []))
 
 
 def step_against_trl(shape: str, only: Sequence[str] = (), groups: int = 2) -> None:
@@ -458,12 +467,12 @@ def one_step(folder, G, P, T):
     def call():
         best = [math.inf, math.inf]
         for _ in range(3):
-            begun = time.perf_counter()
+            begun = clock()
             group, = sample(model, [prompt], G, T, stop_ids=[])
-            sampled = time.perf_counter()
+            sampled = clock()
             group_logprobs(model, [group.prompt], group.tokens[None], group.mask[None])[0].sum().backward()
             model.zero_grad(set_to_none=True)
-            best = [min(best[0], sampled - begun), min(best[1], time.perf_counter() - sampled)]
+            best = [min(best[0], sampled - begun), min(best[1], clock() - sampled)]
         return best
 
     return call
