@@ -85,11 +85,11 @@ import torch
 from torch import Tensor
 
 from model import Cache, Transformer, pad, token_logprobs
+from plumbing.exploded import EXPLODED, step_down
 from plumbing.micro_batches import MicroBatch, micro_batches, rewards_of
 
 ADVANTAGES = ("group", "mean", "batch", "gdpo")
 KLS = ("k1", "k2", "k3", "k3_ratio")
-EXPLODED = 1e6  # normal losses are below 1 and normal gradients below 100 (times the advantages, if those are large)
 # All that the losses differ in. Ratio: each token has its own, or the sequence has one. Surrogate: "clip" stops a
 # token's gradient once the ratio has left the band in the direction of A; "weight" clips the factor in front of it, so
 # that no token loses its gradient. Reduction: the sum over tokens is divided so that each completion weighs the same,
@@ -309,6 +309,7 @@ def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, 
         metrics |= means
         if not learns:
             break
+        # clip_grad_norm_(parameters, grad_clip) and optimizer.step(), unless something is not finite.
         metrics["grad_norm"] = step_down(model, optimizer, config.grad_clip, most)
     metrics["logp_gap"] = max(m.logp_gap for m in micros)
     optimizer.zero_grad(set_to_none=True)  # gradients are as large as the weights, and the sampler wants the room
@@ -333,18 +334,5 @@ def micro_batch_loss(model: Transformer, ref_model: Transformer | None, m: Micro
     loss, metrics = policy_loss(logp, old_logp, m.ref_logp, m.advantages, m.mask, kind=config.loss, kl=config.kl,
                                 clip_low=config.clip_low, clip_high=config.clip_high, **whole)
     return loss, metrics | {"entropy": entropy.sum() / m.mask.sum()}
-
-
-def step_down(model: Transformer, optimizer: torch.optim.Optimizer, largest_norm: float, most: float) -> float:
-    """Shorten the gradient to `largest_norm` and take the optimizer's step -> the norm it had; `most` is an error."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, largest_norm).item()
-    if not norm < most:
-        raise FloatingPointError(f"The gradient's norm is {norm}")
-    # Weights are float32, too: a step of 1e-6 is lost on a bfloat16 weight of 0.02, whose neighbours are 1e-4 away.
-    optimizer.step()
-    if not torch.stack([p.sum() for p in parameters]).isfinite().all():  # faster than each element's own isfinite
-        raise FloatingPointError("A weight is not finite after the optimizer's step")
-    return norm
 
 # Next: train.py, the loop that calls `update`

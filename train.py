@@ -26,7 +26,7 @@ import task
 from config import Config, Stage, check, parse_stages, reading, reward_names
 from eval import evaluate, fit_posts
 from lora import add_lora, merge_lora, save_adapters
-from model import Cache, Transformer, load, pad, save
+from model import Transformer, load, save
 from plumbing import memory
 from plumbing.adamw import AdamW, spare_norms
 from plumbing.checkpoint import kept_when_alone, load_checkpoint, made_of, save_checkpoint, stage_copy
@@ -38,9 +38,10 @@ from plumbing.folder import can_stop, with_words
 from plumbing.groups import keeping_groups
 from plumbing.log import Log
 from plumbing.posts import TINY, Post, load_split, say_references
+from plumbing.rehearsal import rehearse_largest_step
 from plumbing.rollouts import on_servers
 from rewards import NEED_MODEL, NEED_REFERENCE
-from rollout import Group, sample, split
+from rollout import sample, split
 
 
 def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
@@ -66,7 +67,7 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     make_fast_or_small(config, model, ref_model)
     check_device(model, min(longest, key=len), sample, grpo.group_logprobs)  # nothing on the CPU
     if not mlx:  # whose memory is another one
-        rehearse_largest_step(model, ref_model, longest, config, free)
+        rehearse_largest_step(model, ref_model, longest, config, free, grpo)
     optimizer = make_optimizer(config, model)
     # A run is its weights, the optimizer's moments and a step number. All else follows from the seed and the step, so a
     # resumed run repeats the uninterrupted one bit for bit.
@@ -225,36 +226,6 @@ def make_fast_or_small(config: Config, model: Transformer, ref_model: Transforme
             layer.compile(dynamic=True)
     elif config.checkpointing:
         memory.tidy(model)  # not when compiled: torch.compile cannot look into what it calls
-
-
-def rehearse_largest_step(model, ref_model, longest_prompts: list[list[int]], config: Config, free: int) -> None:
-    """Do the run's largest step once and throw it away: what does not fit is refused now, and not after an hour.
-
-    `longest_prompts`: those of the largest batch that may come, B x [P_b] token ids. `free`: bytes that may be taken.
-    No weight and no random number is changed. Raises memory.Full.
-    """
-    device = next(model.parameters()).device
-    B, G, T = len(longest_prompts), config.group, config.max_new_tokens
-    prompts = [torch.tensor(prompt, device=device) for prompt in longest_prompts]  # B x [P_b]
-    tokens = torch.ones(G, T, dtype=torch.long, device=device)  # [G, T]
-    groups = [Group(prompt=prompt, tokens=tokens, mask=tokens.bool(), logp=tokens.float(),
-                    stopped=tokens[:, 0].bool(), texts=[]) for prompt in prompts]
-
-    @torch.no_grad()
-    def prefill():  # sampling begins with all prompts at once, beside its own copies of the weights
-        padded, mask = pad(prompts)  # [B, P], [B, P]
-        with model.packed(B * G, T):
-            model.hidden(padded, Cache(), mask)
-
-    def learn(micro_tokens):
-        batch = grpo.micro_batches(groups, torch.zeros(B, G, device=device), micro_tokens)[0]  # the largest
-        if ref_model is not None:
-            with torch.no_grad(), ref_model.adapters_off():
-                grpo.group_logprobs(ref_model, batch.prompts, batch.tokens, batch.mask)
-        grpo.group_logprobs(model, batch.prompts, batch.tokens, batch.mask)[0].sum().backward()
-
-    memory.rehearse(model, sample=prefill, learn=learn, prompts=B, prompt_tokens=max(map(len, longest_prompts)),
-                    new_tokens=T, micro_tokens=config.micro_tokens, checkpointing=config.checkpointing, free=free)
 
 
 def make_optimizer(config: Config, model: Transformer) -> torch.optim.Optimizer:

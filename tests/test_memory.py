@@ -20,7 +20,7 @@ from lora import add_lora
 from model import load
 from plumbing import memory
 from plumbing.posts import load_posts
-from train import rehearse_largest_step
+from plumbing.rehearsal import rehearse_largest_step
 
 ROOT = Path(__file__).resolve().parents[1]
 PRELUDE = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch; from plumbing import memory; "
@@ -36,7 +36,7 @@ def python(code: str, *args, cwd=None) -> subprocess.CompletedProcess:
 
 def test_what_is_left_is_the_machine_s_or_the_container_s(tmp_path, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=9000, available=4000, free=100))
-    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(total=3000, free=1000))
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(total=3000, free=1000, grpo=grpo))
 
     def with_files(**files):
         for name, text in files.items():
@@ -51,7 +51,7 @@ def test_what_is_left_is_the_machine_s_or_the_container_s(tmp_path, monkeypatch)
 
 def test_version_1_of_containers_limits_is_read_too(tmp_path, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4000))
-    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=1000))
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=1000, grpo=grpo))
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory/memory.limit_in_bytes").write_text("3000\n", encoding="utf-8")
     (tmp_path / "memory/memory.usage_in_bytes").write_text("1000\n", encoding="utf-8")
@@ -261,7 +261,7 @@ def test_a_rehearsal_leaves_no_trace(lora):
     before = {name: p.clone() for name, p in model.named_parameters()}
     ref_model = model if lora else tiny_model("qwen2").requires_grad_(False)
     state = torch.get_rng_state()
-    rehearse_largest_step(model, ref_model, [[1, 2], [3]], config(), free=0)
+    rehearse_largest_step(model, ref_model, [[1, 2], [3]], config(), free=0, grpo=grpo)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -272,14 +272,14 @@ def full(*_, **__):
 
 @pytest.mark.parametrize("fails, says", [
     ("torch.ones_like", "two moments and the gradient.*--lean"),
-    ("train.pad", "Sampling after 2 prompts of up to 3 tokens.*--max-prompt"),
+    ("grpo.pad", "Sampling after 2 prompts of up to 3 tokens.*--max-prompt"),
     ("grpo.group_logprobs", "Not even one completion, 3 \\+ 6 tokens.*--checkpointing"),
 ])
 def test_each_part_that_does_not_fit_is_named(fails, says, monkeypatch):
     model = tiny_model("qwen2")
     monkeypatch.setattr(fails, full)
     with pytest.raises(memory.Full, match=says):
-        rehearse_largest_step(model, None, [[1, 2, 3], [4]], config(), free=0)
+        rehearse_largest_step(model, None, [[1, 2, 3], [4]], config(), free=0, grpo=grpo)
 
 
 def test_the_longest_micro_batch_comes_first_and_is_halved(monkeypatch):
@@ -292,7 +292,7 @@ def test_the_longest_micro_batch_comes_first_and_is_halved(monkeypatch):
 
     monkeypatch.setattr(grpo, "group_logprobs", small)
     with pytest.raises(memory.Full, match="--micro-tokens 13 does, and --checkpointing"):
-        rehearse_largest_step(tiny_model("qwen2"), None, [[4], [1, 2, 3]], config(micro_tokens=54), free=0)
+        rehearse_largest_step(tiny_model("qwen2"), None, [[4], [1, 2, 3]], config(micro_tokens=54), free=0, grpo=grpo)
     assert seen == [([3, 1], 4), ([3], 4), ([3], 1)]  # tried: 54, 27, 13; one row has 9
 
 
@@ -302,7 +302,7 @@ def test_another_error_is_not_taken_for_a_full_memory(monkeypatch):
 
     monkeypatch.setattr(grpo, "group_logprobs", broken)
     with pytest.raises(RuntimeError, match="multiplied"):
-        rehearse_largest_step(tiny_model("qwen2"), None, [[1, 2, 3]], config(), free=0)
+        rehearse_largest_step(tiny_model("qwen2"), None, [[1, 2, 3]], config(), free=0, grpo=grpo)
 
 
 def test_the_ref_model_is_rehearsed_too_and_a_fifth_is_kept_aside(monkeypatch):
@@ -311,14 +311,14 @@ def test_the_ref_model_is_rehearsed_too_and_a_fifth_is_kept_aside(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *size, **more: seen.append(size) or empty(*size, **more))
     policy, ref_model = tiny_model("qwen2"), tiny_model("qwen2").requires_grad_(False)
     seen.clear()
-    rehearse_largest_step(policy, ref_model, [[1, 2, 3]], config(), free=1000)
+    rehearse_largest_step(policy, ref_model, [[1, 2, 3]], config(), free=1000, grpo=grpo)
     assert seen == [(200,), ref_model, policy]
 
 
 def test_the_smallest_limit_that_holds_counts(tmp_path, monkeypatch):
     """A job's group in a user's group, of which the outer one is the tighter; version 2, then version 1."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4000))
-    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=1000))
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=1000, grpo=grpo))
     monkeypatch.setattr(memory, "ULIMITS", [])
     for root, line, limit, use, files in (("two", "0::/user/job", "memory.max", "memory.current", "inactive_file"),
                                           ("one/memory", "4:memory:/user/job", "memory.limit_in_bytes",
