@@ -78,6 +78,7 @@ def cap_memory(device: str) -> int:
     threads make its count differ from what is in use, but by little.
     """
     np.ones((64, 64)) @ np.ones((64, 64))  # OpenBLAS takes its buffers now: refused them later, it ends the process
+    torch.ones(2 ** 22).add_(1)  # torch's threads start: refused a stack later, they end it too
     free = available()
     if device != "cpu" or free is None or sys.platform != "linux":
         return 0

@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PRELUDE = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch; from plumbing import memory; "
            "n = int(sys.argv.pop(1)); memory.available = lambda: n; ")
 TRAIN = PRELUDE + "import train; sys.exit(train.main(sys.argv[1:]))"
-LARGE = ("--prompts", "8", "--group", "64", "--max-new-tokens", "60", "--stages", "length:1", "--eval-posts", "2")
+LARGE = ("--prompts", "8", "--group", "64", "--max-new-tokens", "60", "--stages", "length:1", "--eval-posts", "2",
+         "--device", "cpu")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such limits, and glibc's heap")
 
 
@@ -36,7 +37,7 @@ def python(code: str, *args, cwd=None) -> subprocess.CompletedProcess:
 
 def test_what_is_left_is_the_machine_s_or_the_container_s(tmp_path, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=9000, available=4000, free=100))
-    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(total=3000, free=1000, grpo=grpo))
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(total=3000, free=1000))
 
     def with_files(**files):
         for name, text in files.items():
@@ -51,7 +52,7 @@ def test_what_is_left_is_the_machine_s_or_the_container_s(tmp_path, monkeypatch)
 
 def test_version_1_of_containers_limits_is_read_too(tmp_path, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4000))
-    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=1000, grpo=grpo))
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=1000))
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory/memory.limit_in_bytes").write_text("3000\n", encoding="utf-8")
     (tmp_path / "memory/memory.usage_in_bytes").write_text("1000\n", encoding="utf-8")
@@ -80,8 +81,10 @@ def test_where_the_system_knows_no_such_limit_none_is_set(system, monkeypatch):
 
 
 @linux
-def test_taking_too_much_is_an_exception():
-    code = PRELUDE + ("memory.cap_memory('cpu'); kept = torch.ones(50 << 18)\n"  # 50 of 100 MiB
+@pytest.mark.parametrize("threads", [1, 16])  # 16 stacks are 128 MiB, which a first large tensor would not find
+def test_taking_too_much_is_an_exception(threads):
+    code = PRELUDE + (f"torch.set_num_threads({threads}); "
+                      "memory.cap_memory('cpu'); kept = torch.ones(50 << 18)\n"  # 50 of 100 MiB
                       "try: torch.ones(100 << 18)\nexcept RuntimeError as e: print(memory.is_full(e))")
     assert python(code, 100 << 20).stdout == "True\n"
     assert python(code.replace("'cpu'", "'cuda'"), 100 << 20).stdout == ""  # a GPU's driver reserves what it likes
@@ -318,7 +321,7 @@ def test_the_ref_model_is_rehearsed_too_and_a_fifth_is_kept_aside(monkeypatch):
 def test_the_smallest_limit_that_holds_counts(tmp_path, monkeypatch):
     """A job's group in a user's group, of which the outer one is the tighter; version 2, then version 1."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4000))
-    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=1000, grpo=grpo))
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=1000))
     monkeypatch.setattr(memory, "ULIMITS", [])
     for root, line, limit, use, files in (("two", "0::/user/job", "memory.max", "memory.current", "inactive_file"),
                                           ("one/memory", "4:memory:/user/job", "memory.limit_in_bytes",
