@@ -181,8 +181,8 @@ def choose_posts(config: Config, stages: list[Stage], model, tokenizer) -> tuple
     names = reward_names(stages)
     config.template = config.template or task.choose_template(model, tokenizer, names)
     unit_of = {"chars": "char_length", "tokens": "length"}
-    for name in names & {"length", "char_length"}:
-        if task.has_budget(config.template) and name != unit_of[config.budget_unit]:
+    for name in names & {"char_length", "length", "length_binary", "length_saturating", "length_exp"}:
+        if task.has_budget(config.template) and not name.startswith(unit_of[config.budget_unit]):
             raise ValueError(f"--stages: '{name}' does not go with budgets of {config.budget_unit}: take "
                              f"{unit_of[config.budget_unit]}, whose target is then the budget.")
     splits = load_split(config.data, config.eval_data, split=config.split, **reading(config))

@@ -35,6 +35,7 @@ PROGRAMS = {"train.py": "train", "eval.py": "eval", "studies.rollouts_check": "s
             "studies.rewards_grid": "studies.rewards_grid",
             "studies.squish_benchmark": "studies.squish_benchmark", "studies.judge_check": "studies.judge_check",
             "studies.be_the_policy": "studies.be_the_policy", "studies.break_it": "studies.break_it",
+            "studies.lengths": "studies.lengths",
             "studies.rebuild": "studies.rebuild", "studies.figures": "studies.figures",
             "studies.hundred_lines": "", "tiny/make.py": "", "studies.speed": "", "studies.mac": "", "studies.plan": "",
             "studies.speed_mlx": "", "tests/test_tour.py": "",
