@@ -87,6 +87,7 @@ from torch import Tensor
 from model import Cache, Transformer, pad, token_logprobs
 from plumbing.exploded import EXPLODED, step_down
 from plumbing.micro_batches import MicroBatch, micro_batches, rewards_of
+from plumbing.staleness import importance_weights, weights_seen
 
 ADVANTAGES = ("group", "mean", "batch", "gdpo")
 KLS = ("k1", "k2", "k3", "k3_ratio")
@@ -158,12 +159,14 @@ def advantages(rewards: Tensor, kind: str = "group", weights: Tensor | None = No
 def policy_loss(logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, advantages: Tensor, mask: Tensor,
                 kind: str = "grpo", *, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.0,
                 kl: str = "k3", max_length: int | None = None, n_completions: int | None = None,
-                n_tokens: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+                n_tokens: int | None = None, weights: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss to minimise, a scalar, and the metrics clip_frac, ratio and kl. A pure function of tensors.
 
     logp, old_logp, ref_logp [B, G, T]: log-probabilities, in nats, of the sampled tokens under the policy that is
     trained, under the policy before the first step on this batch (None: the same one, so the ratio is 1), and under the
     ref_model (None: no KL). advantages [B, G]. mask [B, G, T] bool: True on sampled tokens, the stop token included.
+    weights [B, G, T]: constants that multiply a token's policy term before the KL is added, of samples that others than
+    pi_old wrote: min(pi_old / pi_sampler, C), truncated importance sampling (Yao et al. 2025). None: 1.
 
     `kl` is one of `kl_estimates`. The default here is k3, so that a bare call is the paper's loss and trl's. The
     command line's default is k3_ratio, because its gradient is that of the KL which is logged.
@@ -183,6 +186,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, 
     # Padding may hold anything, even NaN. It is put to 0 here, before any exp sees it.
     logp = torch.where(mask, logp, 0.0)  # [B, G, T]
     old_logp = logp.detach() if old_logp is None else torch.where(mask, old_logp, 0.0)  # [B, G, T]
+    w = 1.0 if weights is None else torch.where(mask, weights, 0.0)  # [B, G, T]
     A = advantages[..., None]  # [B, G, 1]
 
     log_ratio = logp - old_logp  # [B, G, T]
@@ -195,10 +199,10 @@ def policy_loss(logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, 
     high, low = ratio > 1 + clip_high, ratio < 1 - clip_low  # as ratio, bool
     if surrogate == "clip":
         clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # as ratio
-        per_token = -torch.min(ratio * A, clipped * A).expand_as(logp)  # [B, G, T]; min: the four cases above
+        per_token = -torch.min(ratio * A, clipped * A).expand_as(logp) * w  # [B, G, T]; min: the four cases
         cut = high & (A > 0) | low & (A < 0)  # as ratio: whose gradient is 0
     elif surrogate == "weight":
-        per_token = -ratio.clamp(max=1 + clip_high).detach() * A * logp  # [B, G, T]
+        per_token = -ratio.clamp(max=1 + clip_high).detach() * A * logp * w  # [B, G, T]
         cut = high  # as ratio: whose weight is clipped
     else:
         raise unknown("surrogate", surrogate, ("clip", "weight"))
@@ -208,7 +212,6 @@ def policy_loss(logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, 
         estimates = kl_estimates(torch.where(mask, ref_logp, 0.0) - logp, ratio)  # [B, G, T] each
         metrics["kl"] = token_mean(estimates["k3"], mask)
         per_token = per_token + beta * estimates[kl]  # [B, G, T]
-
     per_token = per_token * mask  # [B, G, T]
     if reduction == "completions":
         return (per_token.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / n_completions, metrics
@@ -269,12 +272,12 @@ def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, 
     """One batch of groups, with `rewards` of G floats each -> `config.updates` optimizer steps; returns the metrics.
 
     config is any object with the fields loss, advantage, clip_low, clip_high, beta, kl, updates, temperature,
-    grad_clip, micro_tokens and max_new_tokens. Without a ref_model (None) there is no KL, whatever `config.beta` says.
+    grad_clip, micro_tokens and max_new_tokens, and maybe tis and tis_mode. Without a ref_model (None) there is no KL.
 
     The metrics: loss, kl (k3, nats a token), entropy (nats a token), clip_frac, ratio, grad_norm, flat_groups (share
     of groups whose rewards are all equal), logp_gap (largest difference between the sampler's log-probabilities and
-    ours, before the first step). With several updates, loss, kl, entropy, clip_frac, ratio and grad_norm are those of
-    the last one.
+    ours, before the first step); with tis, tis_mean, tis_max and tis_ess (`weights_seen`). With several updates, loss,
+    kl, entropy, clip_frac, ratio and grad_norm are those of the last one.
 
     Raises FloatingPointError when the loss or the gradient is NaN or exploded (the weights are then as they were
     before this optimizer step), or when a weight is not finite after it.
@@ -311,7 +314,7 @@ def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, 
             break
         # clip_grad_norm_(parameters, grad_clip) and optimizer.step(), unless something is not finite.
         metrics["grad_norm"] = step_down(model, optimizer, config.grad_clip, most)
-    metrics["logp_gap"] = max(m.logp_gap for m in micros)
+    metrics |= {"logp_gap": max(m.logp_gap for m in micros), **weights_seen(micros)}
     optimizer.zero_grad(set_to_none=True)  # gradients are as large as the weights, and the sampler wants the room
     return metrics
 
@@ -327,12 +330,14 @@ def micro_batch_loss(model: Transformer, ref_model: Transformer | None, m: Micro
         # is that of another distribution. It serves as an alarm: where the gap is large, one of the two is wrong.
         m.old_logp = logp.detach()  # [b, g, T]
         m.logp_gap = (m.old_logp - m.sampler_logp).abs().max().item()
+        if getattr(config, "tis", 0):
+            m.weights = importance_weights(m.old_logp, m.sampler_logp, m.mask, config)  # [b, g, T]
         if whole["beta"] and ref_model is not None:
             # Under LoRA the ref_model is the policy itself without its adapters: no second copy.
             with torch.no_grad(), ref_model.adapters_off():
                 m.ref_logp, _ = group_logprobs(ref_model, m.prompts, m.tokens, m.mask, config.temperature)  # [b, g, T]
     loss, metrics = policy_loss(logp, old_logp, m.ref_logp, m.advantages, m.mask, kind=config.loss, kl=config.kl,
-                                clip_low=config.clip_low, clip_high=config.clip_high, **whole)
+                                clip_low=config.clip_low, clip_high=config.clip_high, weights=m.weights, **whole)
     return loss, metrics | {"entropy": entropy.sum() / m.mask.sum()}
 
 # Next: train.py, the loop that calls `update`

@@ -40,6 +40,7 @@ from plumbing.log import Log
 from plumbing.posts import TINY, Post, load_split, say_references
 from plumbing.rehearsal import rehearse_largest_step
 from plumbing.rollouts import on_servers
+from plumbing.staleness import renew
 from rewards import NEED_MODEL, NEED_REFERENCE
 from rollout import sample, split
 
@@ -74,7 +75,7 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     step = load_checkpoint(folder, model, optimizer) if resume else 0
     act, learn = mlx.take_over(model, optimizer, min(longest, key=len)) if mlx else (sample, grpo.update)
     act = on_servers(config, folder, act=act, model=model, tokenizer=tokenizer, prompt=max(longest, key=len),
-                     grpo=grpo, split=split, save=save, save_adapters=save_adapters)  # `act` itself without --rollouts
+                     grpo=grpo, split=split, save=save, save_adapters=save_adapters, stop=stop)  # or `act` itself
     log = Log(folder, config, stages, step, task.describe_goal(config), begun_with)
     log.begin(model, posts, held_out)
     # Greedy summaries of posts that the policy never learns from, scored by the last stage's reward.
@@ -116,9 +117,15 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
         tasks = task.tasks_of(posts, step, config, tokenizer)
         # 2. The policy writes G summaries of each. The same temperature divides the logits here and in the loss: else
         #    the policy that is trained would not be the one that wrote.
-        groups = act(model, [each.prompt for each in tasks], G=config.group, max_new_tokens=config.max_new_tokens,
-                     temperature=config.temperature, seed=config.seed * 1_000_003 + step, tokenizer=tokenizer,
-                     stop_text=task.CLOSE if task.has_tag(config.template) else "")
+        wish = dict(G=config.group, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                    seed=config.seed * 1_000_003 + step, tokenizer=tokenizer,
+                    stop_text=task.CLOSE if task.has_tag(config.template) else "")
+        ahead = {}
+        if config.ahead and config.rollouts and step + 1 < total and not stop.asked:
+            # The servers write the next step's summaries while this one's are learnt from.
+            ahead = dict(step=step, then=partial(task.tasks_of, posts, step + 1, config, tokenizer))
+        groups = act(model, [each.prompt for each in tasks], **wish, **ahead)
+        ages = renew(groups, step, config, partial(sample, model, **wish))  # what is too old is written anew
         # 3. Each summary gets a number. Any function of the text will do, for no gradient goes through it: the loss
         #    asks only how much better than its own group a summary was.
         # What was written is kept if the rest fails, or to look at; a reward may also ask a server, which may go away.
@@ -128,7 +135,7 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
             # 4. Summaries that did better than their own group become likelier, the others less likely: not too far
             #    from the policy that wrote them (the clip), nor from the reference model (the KL).
             with explained(folder, model, tokenizer, optimizer, groups=groups, config=config, step=step, save=save):
-                line |= learn(model, ref_model, groups, optimizer, config)
+                line |= ages | learn(model, ref_model, groups, optimizer, config)
 
         # 5. Say what happened, and now and then write down all that is needed to go on from here.
         step += 1

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -149,6 +149,7 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         self.asked, self.before = False, {}
+        self.at_end: list[Callable[[], None]] = []  # what is to be done when the run is over, however it ended
         if threading.current_thread() is threading.main_thread():  # no other thread hears signals
             for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):  # no system has all of them
                 number = getattr(signal, name, None)
@@ -158,6 +159,8 @@ class Stop:
         return self
 
     def __exit__(self, *_) -> None:
+        for do in self.at_end:
+            do()
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

@@ -26,7 +26,7 @@ COLUMNS = (("reward", "reward", 7, "{:.3f}"), ("length", "length", 6, "{:.1f}"),
            ("distinct", "distinct", 8, "{:.2f}"), ("templated", "templ", 5, "{:.0%}"),
            ("invented", "invent", 6, "{:.0%}"),
            ("clip_frac", "clip", 5, "{:.0%}"), ("flat_groups", "flat", 5, "{:.0%}"), ("grad_norm", "grad", 5, "{:.2f}"),
-           ("logp_gap", "gap", 6, "{:.0e}"), ("tokens_per_s", "tok/s", 6, "{:.0f}"))
+           ("logp_gap", "gap", 6, "{:.0e}"), ("tis_ess", "ess", 5, "{:.0%}"), ("tokens_per_s", "tok/s", 6, "{:.0f}"))
 
 
 # These pay for no length. What a forker's reward pays for, nobody knows.

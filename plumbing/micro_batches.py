@@ -22,6 +22,7 @@ class MicroBatch:
     advantages: Tensor  # [b, g]
     old_logp: Tensor | None = None  # [b, g, T] of the policy before the first step on this batch
     ref_logp: Tensor | None = None  # [b, g, T] of the frozen policy that the KL holds to
+    weights: Tensor | None = None  # [b, g, T] of --tis: what the samples of other weights count
     logp_gap: float = 0.0  # largest difference between the sampler's log-probabilities and the trainer's
 
 
