@@ -85,6 +85,7 @@ import torch
 from torch import Tensor
 
 from model import Cache, Transformer, pad, token_logprobs
+from plumbing import ranks
 from plumbing.exploded import EXPLODED, step_down
 from plumbing.micro_batches import MicroBatch, micro_batches, rewards_of
 from plumbing.staleness import importance_weights, weights_seen
@@ -290,8 +291,9 @@ def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, 
     # Without a KL, a batch of flat groups has gradient zero; AdamW would still move by momentum and weight decay.
     learns = beta > 0 or not bool(flat.all())
     # Pieces that fit into memory. If all of it fits, there is one piece: the groups, padded to the longest and stacked.
-    micros = micro_batches(groups, A, config.micro_tokens)
-    n_tokens = sum(int(m.mask.sum()) for m in micros)
+    # Under torchrun each rank learns from its own groups; all that divides is counted over the whole batch.
+    micros = micro_batches(*ranks.mine(groups, A), config.micro_tokens)
+    n_tokens = sum(int(g.mask.sum()) for g in groups)
     whole = {"beta": beta, "n_completions": A.numel(), "n_tokens": n_tokens,
              "max_length": config.max_new_tokens or max(g.tokens.shape[1] for g in groups)}
     metrics = {"flat_groups": flat.float().mean().item(), "grad_norm": 0.0, "logp_gap": 0.0}
@@ -301,20 +303,21 @@ def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, 
         for m in micros:
             with torch.set_grad_enabled(learns):
                 loss, seen = micro_batch_loss(model, ref_model, m, config, whole)
-            if not loss.abs() < most:  # NaN is not smaller than anything
-                raise FloatingPointError(f"The loss is {loss.item()}: a log-probability or the KL exploded")
             if learns:
                 loss.backward()  # the gradients of the micro-batches add up, as their losses do
             share = int(m.mask.sum()) / n_tokens
             means["loss"] += loss.item()
             for name, value in seen.items():
                 means[name] += value.item() * share
+        means = ranks.summed(means, model.parameters() if learns else ())  # and the gradients of all ranks
+        if not abs(means["loss"]) < most:  # NaN is not smaller than anything
+            raise FloatingPointError(f"The loss is {means['loss']}: a log-probability or the KL exploded")
         metrics |= means
         if not learns:
             break
         # clip_grad_norm_(parameters, grad_clip) and optimizer.step(), unless something is not finite.
         metrics["grad_norm"] = step_down(model, optimizer, config.grad_clip, most)
-    metrics |= {"logp_gap": max(m.logp_gap for m in micros), **weights_seen(micros)}
+    metrics |= {"logp_gap": ranks.largest(max(m.logp_gap for m in micros)), **weights_seen(micros)}
     optimizer.zero_grad(set_to_none=True)  # gradients are as large as the weights, and the sampler wants the room
     return metrics
 

@@ -27,7 +27,7 @@ from config import Config, Stage, check, parse_stages, reading, reward_names
 from eval import evaluate, fit_posts
 from lora import add_lora, merge_lora, save_adapters
 from model import Transformer, load, save
-from plumbing import memory
+from plumbing import memory, ranks
 from plumbing.adamw import AdamW, spare_norms
 from plumbing.checkpoint import kept_when_alone, load_checkpoint, made_of, save_checkpoint, stage_copy
 from plumbing.cli import Stop, complain, open_console, open_run, read_arguments
@@ -57,7 +57,7 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     mlx = import_module("mlx_grpo") if config.backend == "mlx" else None  # not everybody has MLX
     stages = parse_stages(config.stages)
     device = config.backend if mlx else config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    free = memory.cap_memory(device)
+    free = memory.cap_memory(device, ranks.on_this_machine())
     # From here on, what cannot work is refused before the first step: posts that are too long, a model that is too big.
     model, tokenizer = load_policy(config)
     posts, held_out, longest = choose_posts(config, stages, model, tokenizer)
@@ -68,14 +68,15 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     make_fast_or_small(config, model, ref_model)
     check_device(model, min(longest, key=len), sample, grpo.group_logprobs)  # nothing on the CPU
     if not mlx:  # whose memory is another one
-        rehearse_largest_step(model, ref_model, longest, config, free, grpo)
+        rehearse_largest_step(model, ref_model, ranks.largest_share(longest), config, free, grpo)
     optimizer = make_optimizer(config, model)
     # A run is its weights, the optimizer's moments and a step number. All else follows from the seed and the step, so a
     # resumed run repeats the uninterrupted one bit for bit.
     step = load_checkpoint(folder, model, optimizer) if resume else 0
     act, learn = mlx.take_over(model, optimizer, min(longest, key=len)) if mlx else (sample, grpo.update)
-    act = on_servers(config, folder, act=act, model=model, tokenizer=tokenizer, prompt=max(longest, key=len),
-                     grpo=grpo, split=split, save=save, save_adapters=save_adapters, stop=stop)  # or `act` itself
+    act = on_servers(config, folder, act=ranks.sharing(act, split), model=model, tokenizer=tokenizer, grpo=grpo,
+                     prompt=max(longest, key=len), split=split, save=save, save_adapters=save_adapters,
+                     stop=stop)  # `act` itself without --rollouts
     log = Log(folder, config, stages, step, task.describe_goal(config), begun_with)
     log.begin(model, posts, held_out)
     # Greedy summaries of posts that the policy never learns from, scored by the last stage's reward.
@@ -141,6 +142,7 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
         step += 1
         line["n_tokens"] = sum(int(group.mask.sum()) for group in groups)
         log.step(step, stage, line, time.monotonic() - clock)
+        stop.agree()  # under torchrun
         if stop.asked or step % config.save_every == 0 or step == stage.end:
             save_checkpoint(folder, model, optimizer, step)
         if stop.asked:
@@ -256,9 +258,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check(config)
         parse_stages(config.stages)
-        with open_run(config, resume, given) as (config, folder), Stop() as stop:
+        with ranks.joined(config), open_run(config, resume, given) as (config, folder), Stop() as stop:
             train(config, folder, resume, stop)
-    except (ValueError, OSError, FloatingPointError, ImportError, memory.Full, Lies) as e:
+    except (ValueError, OSError, FloatingPointError, ImportError, memory.Full, Lies, ranks.Lost) as e:
         return complain(str(e))
     except (RuntimeError, MemoryError) as e:
         if not memory.is_full(e):

@@ -23,6 +23,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from plumbing import ranks
 from plumbing.log import Log, say
 from plumbing.micro_batches import rewards_of
 from plumbing.report import write_report
@@ -49,7 +50,7 @@ def keeping_groups(log: Log, step: int, groups: Sequence, *, model, ref_model, t
     three forward passes over two groups, in a dozen steps of a run. No weight and no random number is touched. What
     fails in here does not end the run.
     """
-    shown = groups[:GROUPS] if step in steps_to_keep(log.total) else []
+    shown = groups[:GROUPS] if ranks.first() and step in steps_to_keep(log.total) else []
     before = [attempt(logprobs, model, group, log.config, grpo) for group in shown]  # [1, G, T] each
     # Under LoRA the ref_model is the policy itself without its adapters.
     ref = [ref_model and attempt(reference_logprobs, ref_model, group, log.config, grpo) for group in shown]  # as they
