@@ -39,7 +39,7 @@ from plumbing.groups import keeping_groups
 from plumbing.log import Log
 from plumbing.posts import TINY, Post, load_split, say_references
 from plumbing.rehearsal import rehearse_largest_step
-from plumbing.rollouts import on_servers
+from plumbing.rollouts import asked_ahead, on_servers
 from plumbing.staleness import renew
 from rewards import NEED_MODEL, NEED_REFERENCE
 from rollout import sample, split
@@ -75,8 +75,7 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     step = load_checkpoint(folder, model, optimizer) if resume else 0
     act, learn = mlx.take_over(model, optimizer, min(longest, key=len)) if mlx else (sample, grpo.update)
     act = on_servers(config, folder, act=ranks.sharing(act, split), model=model, tokenizer=tokenizer, grpo=grpo,
-                     prompt=max(longest, key=len), split=split, save=save, save_adapters=save_adapters,
-                     stop=stop)  # `act` itself without --rollouts
+                     prompt=max(longest, key=len), split=split, save=save, save_adapters=save_adapters, stop=stop)
     log = Log(folder, config, stages, step, task.describe_goal(config), begun_with)
     log.begin(model, posts, held_out)
     # Greedy summaries of posts that the policy never learns from, scored by the last stage's reward.
@@ -121,10 +120,8 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
         wish = dict(G=config.group, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
                     seed=config.seed * 1_000_003 + step, tokenizer=tokenizer,
                     stop_text=task.CLOSE if task.has_tag(config.template) else "")
-        ahead = {}
-        if config.ahead and config.rollouts and step + 1 < total and not stop.asked:
-            # The servers write the next step's summaries while this one's are learnt from.
-            ahead = dict(step=step, then=partial(task.tasks_of, posts, step + 1, config, tokenizer))
+        # With --ahead, servers write the next step's summaries while this one's are learnt from.
+        ahead = asked_ahead(config, step, total, stop, partial(task.tasks_of, posts, step + 1, config, tokenizer))
         groups = act(model, [each.prompt for each in tasks], **wish, **ahead)
         ages = renew(groups, step, config, partial(sample, model, **wish))  # what is too old is written anew
         # 3. Each summary gets a number. Any function of the text will do, for no gradient goes through it: the loss

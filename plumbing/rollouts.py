@@ -71,6 +71,14 @@ def on_servers(config, folder: Path, *, act: Callable, model, tokenizer, prompt:
     return fleet.sample
 
 
+def asked_ahead(config, step: int, total: int, stop, tasks: Callable[[], list]) -> dict:
+    """What `act` is told besides: {"step", "then"}, where servers write ahead and there is a step to come, else {}.
+    `tasks()` makes those of the next step."""
+    if not (config.ahead and config.rollouts) or step + 1 >= total or stop.asked:
+        return {}
+    return {"step": step, "then": tasks}
+
+
 @dataclass
 class Sent:
     """Completions that are being written."""

@@ -16,6 +16,8 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from plumbing import ranks
+
 
 def importance_weights(old_logp: Tensor, sampler_logp: Tensor, mask: Tensor, config) -> Tensor:
     """Log-probabilities by the policy before the step and by the sampler, mask [b, g, T] -> weights [b, g, T].
@@ -50,10 +52,12 @@ def weights_seen(micros: Sequence) -> dict[str, float]:
     """
     if any(m.weights is None for m in micros):
         return {}
-    w = torch.cat([m.weights[m.mask] for m in micros]).double()  # [sampled tokens]
-    squares = len(w) * w.square().sum().item()
-    return {"tis_mean": w.mean().item(), "tis_max": w.max().item(),
-            "tis_ess": w.sum().item() ** 2 / squares if squares else 0.0}
+    w = torch.cat([m.weights[m.mask] for m in micros]).double()  # [sampled tokens] of this rank
+    ours = [len(w), w.sum().item(), w.square().sum().item(), w.max().item()]
+    counts, sums, squares, largest = zip(*ranks.exchange(ours))  # one number a rank each
+    spread = sum(counts) * sum(squares)
+    return {"tis_mean": sum(sums) / sum(counts), "tis_max": max(largest),
+            "tis_ess": sum(sums) ** 2 / spread if spread else 0.0}
 
 
 def renew(groups: list, step: int, config, write: Callable[[list], list]) -> dict[str, float]:

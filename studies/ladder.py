@@ -77,10 +77,6 @@ MEAN, STD, CLIPPED = "the group's mean", "divided by the std", "four updates, cl
 FOUR = ("--beta", "0", "--updates", "4")
 CENTRED = "(r - r.mean(1, keepdim=True)).masked_fill(flat, 0.0)"
 STALE = Edit(train.run_stage, "act(model, [", "act(sampler := copy.deepcopy(model) if step % 10 == 0 else sampler, [")
-TRUNCATED = Edit(  # pi / pi_sampler of each token, at most 2, in front of its part of the loss
-    grpo.micro_batch_loss, "loss, metrics = policy_loss(logp, ",
-    "weight = (m.old_logp - m.sampler_logp).exp().clamp(max=2)\n"
-    "    loss, metrics = policy_loss(logp * weight + (logp - logp * weight).detach(), ")
 
 RUNGS: dict[str, Rung] = {
     "no baseline": Rung(
@@ -145,8 +141,9 @@ RUNGS: dict[str, Rung] = {
         ("--beta", "0"), STD, "The sampler gets new weights with every tenth batch only, and nobody corrects for it.",
         "", "", (STALE,), first=STD),
     "truncated importance weights": Rung(
-        ("--beta", "0"), "stale samples", "The same samples, each token weighted by pi / pi_sampler, at most 2.",
-        "[Yao et al. 2025](https://fengyao.notion.site/off-policy-rl)", "", (STALE, TRUNCATED), first=STD),
+        ("--beta", "0", "--tis", "2"), "stale samples",
+        "The same samples, each token weighted by pi / pi_sampler, at most 2.",
+        "[Yao et al. 2025](https://fengyao.notion.site/off-policy-rl)", "", (STALE,), first=STD),
     "DPPO": Rung(
         FOUR, CLIPPED, "The trust region in probability: a token is dropped once its probability is 0.2 more than it "
         "was where A > 0, or 0.2 less where A < 0.", "[Qi et al. 2026](https://arxiv.org/abs/2602.04879)", "",
