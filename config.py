@@ -71,6 +71,10 @@ class Config:
                             "(DAPO); 0: off")
     missing: str = flag("worst", "a completion without a summary between its tags shares its group's worst reward, or "
                                  "gets less than it", choices=("worst", "penalty"))
+    # A teacher says of every sampled token how likely it is to it. It needs no reward, but the same words.
+    teacher: str = flag("", "a frozen model of the same vocabulary (a folder, a hub name or a run) whose log p - the "
+                            "policy's is each token's advantage: on-policy distillation (docs/distill.md)")
+    teacher_weight: float = flag(1.0, "share of the teacher in the advantages; the rest is the group's, from rewards")
     max_document: int = flag(0, "cut documents to this many tokens; 0: refuse what does not fit")
     # --- what is trained, and how far it moves in a step ---
     # The learning rate matters most. Too high: the KL and the gradient's norm run away. Too low: nothing happens. It
@@ -207,6 +211,9 @@ def check(c: Config) -> None:
         (bool(c.ahead and not c.rollouts),
          "--ahead 1 has servers write the next batch while this machine learns: name some with --rollouts, or leave it "
          "out"),
+        (c.backend == "mlx" and bool(c.teacher), "--teacher needs --backend torch: mlx_grpo.py asks no teacher yet"),
+        (not 0 <= c.teacher_weight <= 1, f"--teacher-weight {c.teacher_weight}: a share lies in [0, 1]"),
+        (c.teacher_weight != 1 and not c.teacher, "--teacher-weight weighs a teacher: name one with --teacher"),
         (0 < c.max_new_tokens <= 1.1 * c.target, f"--max-new-tokens {c.max_new_tokens} would cut summaries at the "
                                                  f"target of {c.target} and count them as hits: leave room to miss"),
         *((getattr(c, n) < 0, f"--{n.replace('_', '-')} cannot be negative") for n in (

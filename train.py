@@ -41,6 +41,7 @@ from plumbing.posts import TINY, Post, load_split, say_references
 from plumbing.rehearsal import rehearse_largest_step
 from plumbing.rollouts import asked_ahead, on_servers
 from plumbing.staleness import renew
+from plumbing.teacher import load_teacher
 from rewards import NEED_MODEL, NEED_REFERENCE
 from rollout import sample, split
 
@@ -51,7 +52,7 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     Three models take part. The policy writes and learns. The reference model is the policy as it was at the start: the
     KL in the loss holds the policy near it, so that it does not forget how to write. The scorers measure SQUISH, where
     a stage is paid by it. The last two are frozen. Under LoRA all three share one set of weights, unless --references
-    or --stage-ref previous asks for others.
+    or --stage-ref previous asks for others. With --teacher a fourth, frozen too, says how likely each token is to it.
     """
     begun = time.monotonic()
     mlx = import_module("mlx_grpo") if config.backend == "mlx" else None  # not everybody has MLX
@@ -62,16 +63,16 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     model, tokenizer = load_policy(config)
     posts, held_out, longest = choose_posts(config, stages, model, tokenizer)
     ref_model, scorers = frozen_models(config, stages, model, tokenizer)
+    teacher = load_teacher(config, model, tokenizer, load_with_tokenizer)
     begun_with = made_of(folder, posts, held_out, longest, {
-        "base model": model if config.lora else ref_model,
+        "base model": model if config.lora else ref_model, "teacher": teacher,
         **{f"model {n} that measures squish": scorer for n, (scorer, _) in enumerate(scorers, 1)}})
     make_fast_or_small(config, model, ref_model)
     check_device(model, min(longest, key=len), sample, grpo.group_logprobs)  # nothing on the CPU
     if not mlx:  # whose memory is another one
-        rehearse_largest_step(model, ref_model, ranks.largest_share(longest), config, free, grpo)
+        rehearse_largest_step(model, ref_model, ranks.largest_share(longest), config, free, grpo, teacher)
     optimizer = make_optimizer(config, model)
-    # A run is its weights, the optimizer's moments and a step number. All else follows from the seed and the step, so a
-    # resumed run repeats the uninterrupted one bit for bit.
+    # A run is its weights, the optimizer's moments and a step; the rest follows from its seed. It resumes bit for bit.
     step = load_checkpoint(folder, model, optimizer) if resume else 0
     act, learn = mlx.take_over(model, optimizer, min(longest, key=len)) if mlx else (sample, grpo.update)
     act = on_servers(config, folder, act=ranks.sharing(act, split), model=model, tokenizer=tokenizer, grpo=grpo,
@@ -91,7 +92,7 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
             ref_model = frozen_copy_of_stage(folder, model, stage, begins=step == stage.first)
         step = run_stage(config, folder, stage, step, model=model, ref_model=ref_model, tokenizer=tokenizer,
                          posts=posts, scorers=scorers, optimizer=optimizer, total=stages[-1].end, log=log, stop=stop,
-                         act=act, learn=learn)
+                         act=act, learn=learn, teacher=teacher)
         if stop.asked:
             save(model, tokenizer, folder / "model")
             return log.say(f"Stopped after step {step}. Go on with: python train.py --run {config.run} --resume")
@@ -105,9 +106,10 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
 
 
 def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, ref_model, tokenizer, posts, scorers,
-              optimizer, total: int, log: Log, stop: Stop, act, learn) -> int:
+              optimizer, total: int, log: Log, stop: Stop, act, learn, teacher=None) -> int:
     """The algorithm box of the paper (Shao et al. 2024, algorithm 1), from `step` to the stage's end, which is returned
     if nobody stops the run. `act` and `learn` are `sample` and `update`, of torch, MLX or servers."""
+    learn = partial(learn, teacher=teacher) if teacher is not None else learn  # MLX's knows none
     while step < stage.end:
         clock = time.monotonic()
         for parameters in optimizer.param_groups:
@@ -127,7 +129,8 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
         # 3. Each summary gets a number. Any function of the text will do, for no gradient goes through it: the loss
         #    asks only how much better than its own group a summary was.
         # What was written is kept if the rest fails, or to look at; a reward may also ask a server, which may go away.
-        kept = keeping_groups(log, step + 1, groups, model=model, ref_model=ref_model, tokenizer=tokenizer, grpo=grpo)
+        kept = keeping_groups(log, step + 1, groups, model=model, ref_model=ref_model, tokenizer=tokenizer, grpo=grpo,
+                              teacher=teacher)
         with kept, kept_when_alone(folder, model, optimizer, step):
             line = task.score(groups, tasks, stage.reward, config, tokenizer, scorers)
             # 4. Summaries that did better than their own group become likelier, the others less likely: not too far

@@ -23,7 +23,7 @@ from plumbing.words import find_wordnet, how_to_get_wordnet
 # The progress line: key of metrics.jsonl, title, width, format.
 COLUMNS = (("reward", "reward", 7, "{:.3f}"), ("length", "length", 6, "{:.1f}"), ("within_2", "±2", 5, "{:.0%}"),
            ("within_10pct", "±10%", 5, "{:.0%}"), ("over", "over", 5, "{:.0%}"), ("missing", "none", 5, "{:.0%}"),
-           ("kl", "kl", 6, "{:.3f}"), ("entropy", "entropy", 7, "{:.2f}"),
+           ("kl", "kl", 6, "{:.3f}"), ("teacher_kl", "teacher", 7, "{:.3f}"), ("entropy", "entropy", 7, "{:.2f}"),
            ("distinct", "distinct", 8, "{:.2f}"), ("templated", "templ", 5, "{:.0%}"),
            ("invented", "invent", 6, "{:.0%}"),
            ("clip_frac", "clip", 5, "{:.0%}"), ("flat_groups", "flat", 5, "{:.0%}"), ("grad_norm", "grad", 5, "{:.2f}"),

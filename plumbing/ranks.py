@@ -22,7 +22,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -389,7 +389,7 @@ def largest(value: float) -> float:
     return max(exchange(value))
 
 
-def check_same_weights(named: dict[str, Tensor], step: int) -> None:
+def check_same_weights(named: Mapping[str, Tensor], step: int) -> None:
     """Lost where the ranks have learnt different things, be it in one bit."""
     if not _world:
         return

@@ -11,7 +11,8 @@ import torch
 from plumbing import memory
 
 
-def rehearse_largest_step(model, ref_model, longest_prompts: Sequence[Sequence[int]], config, free: int, grpo) -> None:
+def rehearse_largest_step(model, ref_model, longest_prompts: Sequence[Sequence[int]], config, free: int, grpo,
+                          teacher=None) -> None:
     """Do the largest step and throw it away.
 
     `longest_prompts`: those of the largest batch that may come, B x [P_b] token ids. `free`: bytes that may be taken.
@@ -32,9 +33,10 @@ def rehearse_largest_step(model, ref_model, longest_prompts: Sequence[Sequence[i
 
     def learn(micro_tokens):
         batch = grpo.micro_batches(groups, torch.zeros(B, G, device=device), micro_tokens)[0]  # the largest
-        if ref_model is not None:
-            with torch.no_grad(), ref_model.adapters_off():
-                grpo.group_logprobs(ref_model, batch.prompts, batch.tokens, batch.mask)
+        for frozen in (ref_model, teacher):
+            if frozen is not None:
+                with torch.no_grad(), frozen.adapters_off():
+                    grpo.group_logprobs(frozen, batch.prompts, batch.tokens, batch.mask)
         grpo.group_logprobs(model, batch.prompts, batch.tokens, batch.mask)[0].sum().backward()
 
     memory.rehearse(model, sample=prefill, learn=learn, prompts=B, prompt_tokens=max(map(len, longest_prompts)),

@@ -40,7 +40,7 @@ def two_policies(rows: Sequence[dict], first: dict, last: dict, config) -> str:
 
 
 def nothing_to_compare(rows: Sequence[dict], first: dict, last: dict, config) -> str:
-    if min(first["flat_groups"], last["flat_groups"]) < 0.9:
+    if min(first["flat_groups"], last["flat_groups"]) < 0.9 or "teacher_kl" in last:  # which teaches, whatever is paid
         return ""
     seen = (f"In {last['flat_groups']:.0%} of the groups all rewards are equal, from the first step on, so they teach "
             f"nothing: ")
