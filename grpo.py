@@ -182,8 +182,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, 
     if beta and ref_logp is None:
         raise ValueError(f"beta is {beta}, but there are no reference log-probabilities: pass ref_logp, or beta=0.")
     ratio_of, surrogate, reduction = KINDS[kind]
-    n_completions = n_completions or mask[..., 0].numel()
-    n_tokens = max(1, n_tokens or int(mask.sum()))
+    n_completions, n_tokens = n_completions or mask[..., 0].numel(), max(1, n_tokens or int(mask.sum()))
     # Padding may hold anything, even NaN. It is put to 0 here, before any exp sees it.
     logp = torch.where(mask, logp, 0.0)  # [B, G, T]
     old_logp = logp.detach() if old_logp is None else torch.where(mask, old_logp, 0.0)  # [B, G, T]
@@ -273,7 +272,8 @@ def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, 
     """One batch of groups, with `rewards` of G floats each -> `config.updates` optimizer steps; returns the metrics.
 
     config is any object with the fields loss, advantage, clip_low, clip_high, beta, kl, updates, temperature,
-    grad_clip, micro_tokens, max_new_tokens, maybe tis and tis_mode, with a teacher teacher_weight. No ref_model, no KL.
+    grad_clip, micro_tokens and max_new_tokens. It may have tis and tis_mode, and needs teacher_weight for a teacher.
+    Without a ref_model there is no KL.
 
     The metrics: loss, kl and entropy (nats a token, kl by k3), clip_frac, ratio and grad_norm, of several updates those
     of the last one; flat_groups (share of groups whose rewards are all equal); from before the first step logp_gap (the
@@ -290,7 +290,7 @@ def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, 
     # Without a KL, a batch of flat groups has gradient zero; AdamW would still move by momentum and weight decay.
     learns = beta > 0 or (teacher is not None and config.teacher_weight > 0) or not bool(flat.all())
     # Pieces that fit into memory; if all does, the groups, padded and stacked. Under torchrun, of this rank's groups.
-    micros = micro_batches(*ranks.mine(groups, A), micro_tokens=config.micro_tokens)
+    micros = micro_batches(ranks.mine(groups), ranks.mine(A), config.micro_tokens)
     n_tokens = sum(int(g.mask.sum()) for g in groups)
     whole = {"beta": beta, "n_completions": A.numel(), "n_tokens": n_tokens,
              "max_length": config.max_new_tokens or max(g.tokens.shape[1] for g in groups)}

@@ -184,9 +184,10 @@ def share(n: int) -> range:
     return range(n * rank // count(), n * (rank + 1) // count())
 
 
-def mine(*several: Sequence | Tensor) -> list:
-    """Of each sequence this rank's part."""
-    return [each[share(len(each)).start:share(len(each)).stop] for each in several]
+def mine(items):
+    """This rank's part of a sequence or a tensor."""
+    part = share(len(items))
+    return items[part.start:part.stop]
 
 
 def largest_share(longest: Sequence) -> Sequence:
@@ -337,8 +338,8 @@ def scored(work: Callable, groups: Sequence, tasks: Sequence) -> list:
         return [work(group, task) for group, task in zip(groups, tasks)]
 
     def own() -> list:
-        return [[work(group, task), group.rewards, group.parts, group.weights] for group, task in zip(
-            *mine(groups, tasks))]
+        return [[work(group, task), group.rewards, group.parts, group.weights]
+                for group, task in zip(mine(groups), mine(tasks))]
 
     found = []
     for group, (value, *said) in zip(groups, (row for rows in all_do(own) for row in rows)):
@@ -396,7 +397,7 @@ def check_same_weights(named: Mapping[str, Tensor], step: int) -> None:
     found = hashlib.sha256()
     for name, p in named.items():
         found.update(name.encode())
-        found.update(p.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
+        found.update(p.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
     agree(f"weights after step {step}", found.hexdigest()[:16],
           "The checkpoint before is good. All ranks need the same torch and the same kind of machine: go on with "
           "--resume on such")
