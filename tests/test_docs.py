@@ -36,6 +36,7 @@ PROGRAMS = {"train.py": "train", "eval.py": "eval", "studies.rollouts_check": "s
             "studies.squish_benchmark": "studies.squish_benchmark", "studies.judge_check": "studies.judge_check",
             "studies.be_the_policy": "studies.be_the_policy", "studies.break_it": "studies.break_it",
             "studies.rebuild": "studies.rebuild", "studies.figures": "studies.figures",
+            "studies.ladder": "studies.ladder",
             "studies.hundred_lines": "", "tiny/make.py": "", "studies.speed": "", "studies.mac": "", "studies.plan": "",
             "studies.speed_mlx": "", "tests/test_tour.py": "",
             "pytest": "", "-c": ""}
