@@ -43,9 +43,12 @@ def noise(gradients: Tensor) -> dict[str, float]:
     return {"signal": signal.item(), "spread": spread.item(), "noise": (spread / signal).item(), "error": error.item()}
 
 
-def cosine(a: Tensor, b: Tensor) -> float:
-    """Between the mean gradients of a and b [M, W], of the same batches or of others: noise that both share is left
-    out. 1: they point in the same direction."""
-    n = len(a) * (len(a) - 1)
-    dot, a_a, b_b = (products(x, y)[0] / n for x, y in ((a, b), (a, a), (b, b)))  # [] each
-    return (dot / (a_a * b_b).sqrt()).item()
+def cosine(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Between the mean gradients of a and b [M, W], and its standard error; 1: they point in the same direction.
+
+    Noise that both share is left out, so they may be of the same batches or of others. Near 1 it may exceed 1.
+    """
+    (a_b, left_ab, _), (a_a, left_aa, _), (b_b, left_bb, _) = products(a, b), products(a, a), products(b, b)
+    left, M = left_ab / (left_aa * left_bb).sqrt(), len(a)  # [M]
+    error = ((M - 1) / M * (left - left.mean()).square().sum()).sqrt()  # []
+    return (a_b / (a_a * b_b).sqrt()).item(), error.item()

@@ -96,64 +96,87 @@ RUNGS: dict[str, Rung] = {
         ("--beta", "0", "--advantage", "mean"), "the batch's mean",
         "A baseline for each post: the mean reward of its group.",
         "[Kool et al. 2019](https://openreview.net/forum?id=r1lgTGL5DE), who leave out the completion itself (RLOO)",
-        ""),
+        'trl 1.16: `scale_rewards="none"`; its `RLOOTrainer` leaves the completion itself out.'),
     STD: Rung(
         ("--beta", "0"), MEAN, "Each group's advantages divided by their std.",
-        "[Shao et al. 2024](https://arxiv.org/abs/2402.03300)", ""),
+        "[Shao et al. 2024](https://arxiv.org/abs/2402.03300)",
+        "trl 1.16's default, `scale_rewards=\"group\"`."),
     "four updates": Rung(
         (*FOUR, "--clip-low", "0.9999", "--clip-high", "1e6"), STD,
         "Four optimizer steps on each batch, weighted by the ratio and not clipped.",
         "[Schulman et al. 2017](https://arxiv.org/abs/1707.06347), section 6.1", "", first=STD),
     CLIPPED: Rung(
         FOUR, "four updates", "The same, with PPO's clip.", "[Schulman et al. 2017](https://arxiv.org/abs/1707.06347)",
-        "", first=STD),
+        "trl 1.16: `num_iterations`, 1 by default, and `epsilon`, 0.2. verl: `ppo_epochs` and "
+        "`clip_ratio`, 0.2.", first=STD),
     "with a KL": Rung(
         ("--updates", "4", "--kl", "k3", "--beta", "0.04"), CLIPPED,
         "The KL to the first model, in the loss. With it, this is the paper's GRPO.",
-        "[Shao et al. 2024](https://arxiv.org/abs/2402.03300)", "", first=STD),
+        "[Shao et al. 2024](https://arxiv.org/abs/2402.03300)",
+        "trl 1.16: `beta`, 0 by default. verl: `use_kl_loss`, off by default.", first=STD),
     "Dr. GRPO": Rung(
         ("--beta", "0", "--loss", "dr_grpo", "--advantage", "mean"), MEAN,
         "The sum over tokens divided by a constant, and no std.", "[Liu et al. 2025](https://arxiv.org/abs/2503.20783)",
-        ""),
+        'trl 1.16: `loss_type="dr_grpo"` with `scale_rewards="none"`. verl: `seq-mean-token-sum-norm` '
+        "with `norm_adv_by_std_in_grpo` off."),
     "DAPO": Rung(
         (*FOUR, "--loss", "dapo", "--clip-high", "0.28", "--overlong", "20"), CLIPPED,
         "Every token of the batch weighs the same, the clip leaves more room upwards, and what is nearly cut off is "
-        "paid less.", "[Yu et al. 2025](https://arxiv.org/abs/2503.14476)", ""),
+        "paid less.", "[Yu et al. 2025](https://arxiv.org/abs/2503.14476)",
+        "trl 1.16's default is `loss_type=\"dapo\"`, with a clip of 0.2 on both sides; `token-mean` is "
+        "verl's default."),
     "GSPO": Rung(
         (*FOUR, "--loss", "gspo", "--clip-low", "3e-4", "--clip-high", "4e-4"), CLIPPED,
         "One ratio for a completion, the geometric mean of its tokens', in a narrow clip.",
-        "[Zheng et al. 2025](https://arxiv.org/abs/2507.18071)", "", first=STD),
+        "[Zheng et al. 2025](https://arxiv.org/abs/2507.18071)",
+        'trl 1.16: `importance_sampling_level="sequence"`. verl: the loss `gspo`.', first=STD),
     "CISPO": Rung(
         (*FOUR, "--loss", "cispo", "--clip-high", "4"), CLIPPED,
         "What is clipped is the weight in front of grad log pi: no token loses its gradient.",
-        "[MiniMax 2025](https://arxiv.org/abs/2506.13585)", ""),
+        "[MiniMax 2025](https://arxiv.org/abs/2506.13585)",
+        'trl 1.16: `loss_type="cispo"`, whose `epsilon_high` is the whole cap (5 is recommended '
+        "there). verl: the loss `cispo`."),
     "GDPO": Rung(
         ("--beta", "0", "--advantage", "gdpo"), STD,
         "Each reward of the sum divided by its own std, before they are added.",
-        "[Liu et al. 2026](https://arxiv.org/abs/2601.05242)", ""),
+        "[Liu et al. 2026](https://arxiv.org/abs/2601.05242)",
+        'trl 1.16: `multi_objective_aggregation="normalize_then_sum"`. verl has it as well '
+        "([#5503](https://github.com/verl-project/verl/pull/5503))."),
     "k3": Rung(
         ("--beta", "1", "--kl", "k3"), STD, "A strong KL, by the paper's estimator.",
-        "[Schulman 2020](http://joschu.net/blog/kl-approx.html)", "", first=STD),
+        "[Schulman 2020](http://joschu.net/blog/kl-approx.html)",
+        "verl: `low_var_kl`. trl 1.16: `use_bias_correction_kl=False`.", first=STD),
     "k3 times the ratio": Rung(
         ("--beta", "1"), "k3", "The same, with the ratio in front: its gradient is that of the KL which is meant.",
-        "[DeepSeek-V3.2](https://arxiv.org/abs/2512.02556)", "", first=STD),
+        "[DeepSeek-V3.2](https://arxiv.org/abs/2512.02556)",
+        "trl 1.16's default ([#6503](https://github.com/huggingface/trl/pull/6503), July 2026). "
+        "verl's `k3+` has k3's value and k2's gradient, which is that of the KL as well while the "
+        "samples are new.", first=STD),
     "stale samples": Rung(
         ("--beta", "0"), STD, "The sampler gets new weights with every tenth batch only, and nobody corrects for it.",
         "", "", (STALE,), first=STD),
     "truncated importance weights": Rung(
         ("--beta", "0", "--tis", "2"), "stale samples",
         "The same samples, each token weighted by pi / pi_sampler, at most 2.",
-        "[Yao et al. 2025](https://fengyao.notion.site/off-policy-rl)", "", (STALE,), first=STD),
+        "[Yao et al. 2025](https://fengyao.notion.site/off-policy-rl)",
+        'trl 1.16, for samples of vLLM: `vllm_importance_sampling_mode="token_truncate"`; its '
+        'default, `"sequence_mask"`, drops whole completions whose ratio is above 3. verl: '
+        "`rollout_is: token`, at most 2.", (STALE,), first=STD),
     "DPPO": Rung(
         FOUR, CLIPPED, "The trust region in probability: a token is dropped once its probability is 0.2 more than it "
-        "was where A > 0, or 0.2 less where A < 0.", "[Qi et al. 2026](https://arxiv.org/abs/2602.04879)", "",
+        "was where A > 0, or 0.2 less where A < 0.", "[Qi et al. 2026](https://arxiv.org/abs/2602.04879)",
+        "Unsettled. verl has it as `dppo_tv` "
+        "([#5397](https://github.com/verl-project/verl/pull/5397)). trl had a trainer for it, and "
+        "took it out in July 2026 because hardly anybody used it "
+        "([#6402](https://github.com/huggingface/trl/pull/6402)); trl 1.16 has none.",
         (Edit(grpo.policy_loss, "high, low = ratio > 1 + clip_high, ratio < 1 - clip_low",
               "high, low = logp.exp() - old_logp.exp() > 0.2, logp.exp() - old_logp.exp() < -0.2"),
          Edit(grpo.policy_loss, "-torch.min(ratio * A, clipped * A)",
               "-(ratio * A * ~(high & (A > 0) | low & (A < 0)))")), first=STD),
     "SAPO": Rung(
         (*FOUR, "--loss", "sapo"), CLIPPED, "The clip as a slope: a token fades, and is never cut.",
-        "[Gao et al. 2025](https://arxiv.org/abs/2511.20347)", "", fork="A loss: SAPO", first=STD),
+        "[Gao et al. 2025](https://arxiv.org/abs/2511.20347)",
+        'trl 1.16: `loss_type="sapo"`. verl: the loss `sapo`.', fork="A loss: SAPO", first=STD),
 }
 
 
@@ -273,8 +296,8 @@ BATCHES = 64  # independent ones: other posts, other completions
 # {place: (steps of the default run whose weights are differentiated, steps of the one that sampled)}
 PLACES = {"at the start": (0, 0), "after 25 steps": (25, 25), "after 25 steps, samples 3 steps old": (25, 22)}
 FRESH, LATER, OLD = PLACES
-# {place: whose mean gradient is the direction that others are held against, and where}
-DIRECTION = {FRESH: (MEAN, FRESH), LATER: (MEAN, LATER), OLD: (STD, LATER)}
+# Whose mean gradient is that of the mean reward: a sum over tokens, each completion divided by the same constant.
+DIRECTION = "Dr. GRPO"
 BIASED = ("stale samples", "truncated importance weights")  # old samples are all that their first update sees
 
 
@@ -395,13 +418,13 @@ def measure_all(place: str) -> None:
     names = [name for name in RUNGS if measured(name, place) and not noise_of(name, place)]
     if not names:
         return
-    name, own_place = DIRECTION[place]
-    direction = measure(name, own_place, scene(own_place))  # [M, W]
     at = scene(place)
+    own = LATER if place == OLD else place  # where samples are new, at the same weights
+    direction = measure(DIRECTION, own, at if own == place else scene(own))  # [M, W]
     for name in names:
-        rows = direction if (name, place) == DIRECTION[place] else measure(name, place, at)  # [M, W]
-        run = Run(name, 0)
-        found = {**noise(rows), "cosine": cosine(rows, direction)}
+        rows = direction if (name, place) == (DIRECTION, own) else measure(name, place, at)  # [M, W]
+        run, (cos, error) = Run(name, 0), cosine(rows, direction)
+        found = {**noise(rows), "cosine": cos, "cosine_error": error}
         write_text(noise_file(name, place), json.dumps({**run.decides, "batches": BATCHES, **found}) + "\n")
         print(f"  {name}, {place}: {noise_cell(found)}", flush=True)
 
@@ -468,10 +491,10 @@ def noise_table() -> str:
 
 
 def noise_cell(found: dict) -> str:
-    """The noise with its standard error, and where the mean gradient points."""
+    """The noise, and the cosine to the gradient of the mean reward, both with their standard errors."""
     if found["signal"] <= 0:
         return "not seen above the noise"
-    return f"{found['noise']:.2f} ± {found['error']:.2f}, cos {found['cosine']:.2f}"
+    return f"{found['noise']:.2g} ± {found['error']:.2g}, cos {found['cosine']:.2f} ± {found['cosine_error']:.2f}"
 
 
 def make_page() -> str:

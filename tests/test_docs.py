@@ -37,6 +37,7 @@ PROGRAMS = {"train.py": "train", "eval.py": "eval", "studies.rollouts_check": "s
             "studies.be_the_policy": "studies.be_the_policy", "studies.break_it": "studies.break_it",
             "studies.lengths": "studies.lengths",
             "studies.rebuild": "studies.rebuild", "studies.figures": "studies.figures",
+            "studies.ladder": "studies.ladder",
             "studies.hundred_lines": "", "tiny/make.py": "", "studies.speed": "", "studies.mac": "", "studies.plan": "",
             "studies.speed_mlx": "", "tests/test_tour.py": "",
             "pytest": "", "-c": ""}
