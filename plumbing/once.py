@@ -65,9 +65,9 @@ def to_its_end(command: list[str], folder: Path, root: Path, threads: int) -> st
 
 
 def curves(folder: Path, names: Iterable[str]) -> dict[str, list]:
-    """Columns of metrics.jsonl, to four digits: these, and each reward of the sum."""
+    """Columns of metrics.jsonl, to four digits: these, as far as they are there, and each reward of the sum."""
     rows = read_lines(folder / "metrics.jsonl")
-    names = [*names, *(name for name in rows[0] if name.startswith("reward/"))]
+    names = [*(name for name in names if name in rows[0]), *(name for name in rows[0] if name.startswith("reward/"))]
     return {name: [None if row[name] is None else float(f"{row[name]:.4g}") for row in rows] for name in names}
 
 

@@ -296,7 +296,7 @@ def test_the_page_by_hand(results):
     results("lr ten times too high", 0, 0.1, ended="A weight is not finite in step 7")
     results("k1 as a loss", 0, 3.0)  # nothing stands beside it yet
     page = break_it.make_page()
-    assert ("(#stop-token-left-out) | `within_10pct` | 30% (20%..40%) -> 50% | 30% (20%..40%) -> 50% | "
+    assert ("(#stop-token-left-out) | `reward/rouge_l` | 0.3 (0.2..0.4) -> 0.5 | 30% (20%..40%) -> 50% | "
             "0.8 (0.8..0.8) -> 0.8 | 1 |" in page)
     assert "| `kl` | 0.3 (0.2..0.4) -> 0.1 | 30% (20%..40%) -> - | " in page and "| [k1 as" not in page
     assert "-> - | 1; A weight is not finite in step 7 |" in page

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from config import Config, parse_stages
+from plumbing.folder import read_json
 from plumbing.log import Log
 from plumbing.symptoms import RULES, symptoms
-from studies.break_it import results
+from studies.break_it import GALLERY, HEALTHY, Run, result_of, results
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"target": 40, "beta": 0.1, "lean": False, "max_new_tokens": 80}
@@ -45,6 +46,8 @@ def test_a_healthy_run_and_a_short_one_are_left_alone():
     for row in squish:
         del row["within_10pct"], row["reward/length"]
     assert said(squish, max_new_tokens=100) == []
+    assert said(run(last={"entropy": 0.40})) == said(run(last={"invented": 0.07})) == []  # one weak sign is none
+    assert said(run(both={"reward_std": 0.0}, last={"length": 9.0}))[1:] == []  # nobody was paid for a length
     no_kl = run(both={"kl": None})
     assert said(no_kl, beta=0.0) == []
 
@@ -60,6 +63,9 @@ def test_older_lines_without_a_number_are_no_error():
     ("Sampler and trainer do not agree", "logp_gap is 2.3,", run(both={"logp_gap": 2.3}), {}),
     ("All rewards are equal", "every completion has 12 tokens",
      run(both={"flat_groups": 1.0, "length": 12.0, "reward_std": 0.0}, last={"grad_norm": 0.0}), {}),
+    ("All rewards are equal", "every completion has 12 tokens",
+     [*run(both={"flat_groups": 0.95, "length": 11.9}, steps=5),
+      *run(both={"flat_groups": 1.0, "length": 12.0}, steps=45)], {}),
     ("All rewards are equal", "beside a reward of 1e+13", run(both={"flat_groups": 1.0, "reward": 1e13}), {}),
     ("All rewards are equal", "the reward is 0 for all", run(both={"flat_groups": 1.0, "reward": 0.0, "kl": 0.0}), {}),
     ("All rewards are equal", "rounding of a mean", run(both={"reward_std": 0.0}), {}),
@@ -70,16 +76,20 @@ def test_older_lines_without_a_number_are_no_error():
     ("A perfect reward, and nonsense", "distinct 0.34 -> 0.10", run(last={"distinct": 0.1}), {}),
     ("A perfect reward, and nonsense", "entropy 0.30 -> 1.70", run(last={"entropy": 1.7}), {}),
     ("A perfect reward, and nonsense", "invented 0.01 -> 0.91", run(last={"invented": 0.91}), {}),
+    ("A perfect reward, and nonsense", "entropy 0.30 -> 0.40, invented 0.01 -> 0.07",
+     run(last={"entropy": 0.40, "invented": 0.07}), {}),
     ("A perfect reward, and nonsense", "templated 0.08 -> 0.90, repetition 0.02 -> 0.60",
      run(last={"templated": 0.9, "repetition": 0.6}), {}),
     ("A perfect reward, and nonsense", "flat_groups 0.00 -> 1.00", run(last={"flat_groups": 1.0, "grad_norm": 0.0}),
      {}),
     ("The KL is NaN, or in the billions", "The KL is 3.2 nats", run(last={"kl": 3.2}), {}),
-    ("The KL is NaN, or in the billions", "is 0.2 nats a token under --beta 1", run(last={"kl": 0.2}), {"beta": 1.0}),
+    ("The KL is NaN, or in the billions", "is 0.07 nats a token under --beta 1", run(last={"kl": 0.07}), {"beta": 1.0}),
     ("Every completion is cut off", "cut at 80: they do not end", run(both={"length": 80.0}), {}),
     ("The length is wrong", "is 12 tokens and --target is 40: give length", run(last={"length": 12.0}), {}),
     ("The length is wrong", "char_length counts characters",
      run(both={"reward/char_length": -0.1}, last={"length": 9.0}), {}),
+    ("The length is wrong", "is 9 tokens and --target is 40: give length",
+     [{**row, "reward/length_exp": 0.1} for row in run(last={"length": 9.0}) if row.pop("reward/length")], {}),
     ("Did anything train?", "The KL is 5e-04 nats a token after 220 steps", run(both={"kl": 5e-4}), {}),
     ("Did anything train?", "The KL is 5e-03 nats a token", run(both={"kl": 5e-3, "reward": 0.1}), {}),
     ("The reward is flat", "under --beta 1: it holds", run(both={"kl": 0.01}), {"beta": 1.0}),
@@ -111,32 +121,64 @@ def test_a_run_says_it_at_its_end(tmp_path, capsys):
     assert "What the curves say: logp_gap is 2.3" in out.partition("Done in 1:00")[2]
 
 
-# What the runs of the gallery are told, and those that are healthy. Of the others the curves may show it or not.
+# What the gallery's runs are told, whatever their seed: words of a line. lean, lr 1e-6 is healthy, but for its rate.
 NAMED = {
-    "one end token of two": "Every completion is cut off", "every completion cut": "All rewards are equal",
-    "sampled at 0.7": "Sampler and trainer do not agree", "top-k samples": "Sampler and trainer do not agree",
-    "characters for tokens": "The length is wrong", "tiny eps": "All rewards are equal",
-    "bf16 without rounding": "Did anything train?", "lean, lr 1e-6": "Did anything train?",
-    "k1 as a loss": "The KL is NaN, or in the billions", "k3 upside down": "The KL is NaN, or in the billions",
-    "k3 as a loss": "The reward is flat", "KL too strong": "The reward is flat",
-    "max for min": "The KL is NaN, or in the billions",
-    "gradient of zero": "Did anything train?", "reward always 0": "All rewards are equal",
-    "every reward 0.7": "All rewards are equal", "KL off": "A perfect reward, and nonsense",
-    "lr ten times too high": "The KL is NaN, or in the billions",
-    "lr a hundred times too high": "Suddenly it writes !!!!", "lr ten times too low": "Did anything train?",
-    "1e13 more": "All rewards are equal", "a factor of 1e-5": "The reward is flat",
+    "mask guessed from pad": "logp_gap is", "one end token of two": "they do not end",
+    "every completion cut": "every completion has 12 tokens", "sampled at 0.7": "logp_gap is",
+    "top-k samples": "logp_gap is", "characters for tokens": "char_length counts characters",
+    "text encoded again": "logp_gap is", "tiny eps": "the rounding of a mean",
+    "bf16 without rounding": "the policy has hardly moved", "lean, lr 1e-6": "the policy has hardly moved",
+    "k1 as a loss": "look at the estimator", "k3 as a loss": "it holds the policy",
+    "k3 upside down": "",  # it ends with an error, whose sentence says what to change
+    "gradient of zero": "grad_norm is exactly 0", "reward always 0": "the reward is 0 for all",
+    "every reward 0.7": "the reward is 0.7 for all", "KL off": "invented 0.0", "KL too strong": "it holds the policy",
+    "lr ten times too high": "the policy has left its reference model",
+    "lr a hundred times too high": "one completion has won", "lr ten times too low": "the policy has hardly moved",
+    "filler": "invented 0.0", "1e13 more": "a difference is lost", "a factor of 1e-5": "beside the 1e-4",
 }
-HEALTHY = ("healthy", "length only", "rouge_l only", "four updates", "100 more")
+# Nothing is said of these: they are healthy, or their mistake is harmless here, or it shows beside another run only.
+SILENT = {
+    **dict.fromkeys(("healthy", "length only", "rouge_l only", "four updates"), "healthy"),
+    "100 more": "harmless: the mean takes it out",
+    "mean per token": "another choice: beside a run with the other one the length differs by two tokens",
+    "group of 2": "another choice at equal cost", "group of 32": "another choice at equal cost",
+    "one reward wins": "nearly harmless here: the reward that wins helps the other one",
+    "stop token left out": "its length is learnt all the same, from the words before; ROUGE-L is 0.04 lower",
+    "max for min": "its KL is twice as large, and still far from 1; ROUGE-L is 0.05 lower",
+}
 
 
-@pytest.mark.parametrize("name", [*NAMED, *HEALTHY])
+def lines_of(result, cut):
+    rows = [{"stage": 1, **dict(zip(result["curves"], values))} for values in zip(*result["curves"].values())]
+    return said(rows, **{**result["config"], "max_new_tokens": cut})
+
+
+def test_every_run_of_the_gallery_is_named_or_there_is_a_reason():
+    assert {*NAMED} | {*SILENT} == {*GALLERY} - {*HEALTHY} and not {*NAMED} & {*SILENT}
+
+
+@pytest.mark.parametrize("name", [*NAMED, *SILENT])
 def test_the_real_runs_of_the_gallery(name):
     for result in results(name):
-        if result["ended"]:  # with an error, whose sentence says what to change
-            continue
-        rows = [{"stage": 1, **dict(zip(result["curves"], values))} for values in zip(*result["curves"].values())]
-        lines = said(rows, **{**result["config"], "max_new_tokens": 80})
-        if name in NAMED:
+        lines = lines_of(result, 80)
+        if name == "k3 upside down":
+            assert "norm is" in result["ended"]
+        elif name in NAMED:
             assert any(NAMED[name] in line for line in lines), (result["config"]["seed"], lines)
         else:
             assert lines == [], (result["config"]["seed"], lines)
+
+
+@pytest.mark.parametrize("name, cut", [("default", 80), ("target 20", 40), ("SQUISH", 0), ("SQUISH, notes", 0)])
+def test_healthy_runs_that_no_rule_was_made_on_are_left_alone(name, cut):
+    for seed in HEALTHY[name]:
+        if result := result_of(Run(name, seed)):
+            assert lines_of(result, cut) == [], seed
+
+
+def test_what_a_healthy_kl_costs():
+    """The bound of `runs_away` lies beyond the dearest of the experiments' runs. (What they keep is its mean.)"""
+    costs = [read["config"]["beta"] * read["kl"] for path in sorted((ROOT / "studies" / "results").glob("*/*.json"))
+             if path.parent.name in ("default", "grid", "gdpo", "squish", "t20", "tune")
+             and (read := read_json(path))["kl"] is not None]
+    assert len(costs) >= 235 and 0.03 < max(costs) < 0.06 / 1.5
