@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import re
 import threading
 import time
 import urllib.request
@@ -228,3 +229,25 @@ def test_a_line_never_pays_for_more():
     assert study.line((10, 20), (5, 3)) == (4, 0)
     fixed, each = study.line((10, 20), (1, 3))
     assert fixed == 0 and cost((fixed, each), 15) == 2
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_what_the_command_says():
+    """The kept pieces simulated again: python -m studies.fleet --write, after anything here has changed."""
+    page = study.PAGE.read_text(encoding="utf-8")
+    found = study.tables([2, 28], Job())
+    assert all(f"<!-- fleet: {name} -->\n{text}<!-- end -->" in page for name, text in found.items())
+    assert study.filled(page, found) == page
+
+
+def test_a_fleet_of_your_own(capsys):
+    """A Mac by the rule: 494M weights of 2 bytes over 125 MB/s."""
+    free = '{"read": [0, 0], "compare": [0, 0]}'
+    assert study.main(["--machine", "mac", "--network", "125e6", "--pieces", free]) == 0
+    one, serial, ahead, adapters = re.findall(r"^\| .*\d \|$", capsys.readouterr().out, re.M)
+    assert "0.99 GB" in serial and "35 MB" in adapters and one.endswith("0.0 |") and ahead.endswith("1.0 |")
+    step = [float(row.split("|")[2]) for row in (one, serial, adapters)]
+    assert 0 < step[1] - step[0] - 2 * 494_032_768 / 125e6 < 2  # written, carried, loaded
+    assert step[2] < step[0]
