@@ -32,6 +32,7 @@ MADE = {"config.json", "metrics.jsonl", "eval.jsonl", "samples.jsonl", "groups.j
 # Programs of others: their flags are theirs.
 FOREIGN = ("pip", "vllm", "uv", "apt", "git", "ruff", "bash", "brew", "cd", "export")
 PROGRAMS = {"train.py": "train", "eval.py": "eval", "studies.rollouts_check": "studies.rollouts_check",
+            "studies.fleet": "studies.fleet",
             "studies.rewards_grid": "studies.rewards_grid", "studies.distill": "studies.distill",
             "studies.squish_benchmark": "studies.squish_benchmark", "studies.judge_check": "studies.judge_check",
             "studies.be_the_policy": "studies.be_the_policy", "studies.break_it": "studies.break_it",
