@@ -50,8 +50,8 @@ KEPT = ("step", "reward", "length", "within_10pct", "rouge_l", "invented")
 ARMS: dict[str, tuple[bool, tuple[int, ...], tuple[str, ...]]] = {
     "GRPO, the teacher": (False, LONG, ()),
     "GRPO, as short": (False, SHORT, ()),
-    "distilled": (True, SHORT, ("--beta", "0")),
-    "half distilled": (True, SHORT, ("--beta", "0", "--teacher-weight", "0.5")),
+    "distilled": (True, SHORT, ("--beta", "0", "--lr", "1.2e-3")),
+    "half distilled": (True, SHORT, ("--beta", "0", "--lr", "1.2e-3", "--teacher-weight", "0.5")),
 }
 TEACHER = "GRPO, the teacher"
 

@@ -401,11 +401,17 @@ def lines(run):
     return [{name: value for name, value in row.items() if name not in ("seconds", "tokens_per_s")} for row in rows]
 
 
-def test_a_run_with_a_teacher_resumes_bit_for_bit_and_with_no_other(cwd, capsys):
+def test_a_run_with_a_teacher_resumes_bit_for_bit_and_with_no_other(cwd, capsys, monkeypatch):
+    rehearsed, real = [], train.rehearse_largest_step
+    monkeypatch.setattr(train, "rehearse_largest_step", lambda *args: rehearsed.append(args[-1]) or real(*args))
     assert train.main([*SMALL, "--teacher", "t", "--teacher-weight", "0.5", "--updates", "2"]) == 0
     assert " kl teacher entropy " in capsys.readouterr().out  # a column of its own
     assert all(row["teacher_kl"] != 0 for row in lines("r"))
     assert "teacher" in json.loads(Path("runs/r/config.json").read_text(encoding="utf-8"))["made_of"]
+    assert isinstance(rehearsed[0], Transformer)
+    for line in Path("runs/r/groups.jsonl").read_text(encoding="utf-8").splitlines():
+        for group in json.loads(line)["groups"]:  # those of rewards alone would add up to 0
+            assert abs(sum(one["advantage"] for one in group["completions"])) > 0.01
     whole = lines("r"), Path("runs/r/model/model.safetensors").read_bytes()
     Path("runs/r/checkpoint/state.pt").unlink()  # the one before it is of step 2
     shutil.copytree("t", "its")
