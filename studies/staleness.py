@@ -1,13 +1,14 @@
 """Stale samples: runs that learn from what the weights of 0, 1, 4 or 16 steps ago wrote, corrected and uncorrected.
 
     python -m studies.staleness                  # all runs; what is done is not done again, then the table
-    python -m studies.staleness run --jobs 14 --only "16 steps"
+    python -m studies.staleness run --jobs 14 --only "16 steps, tokens"
     python -m studies.staleness tables           # into docs/machines.md, from studies/results/staleness/ alone
     python -m studies.staleness figures          # figures/staleness.png, likewise
 
-Every run is the embedded default with the reward of its second stage, 100 steps, and the default's learning rate. In
-the process of a run the sampler is exchanged for one that keeps old weights (`behind`); the files stay as they are. A
-run takes about a minute of one core. A run that was cut off is begun anew: its old weights are gone.
+Every run is the embedded default with the reward of its second stage, 100 steps, and the default's learning rate; half
+of them without a KL, which hides what happens. In the process of a run the sampler is exchanged for one that keeps old
+weights (`behind`); the files stay as they are. A run takes about a minute of one core. One that was cut off is begun
+anew: its old weights are gone.
 
 What is kept of a run, one small file, has no texts: settings, curves, and the evaluations before and after.
 """
@@ -45,6 +46,7 @@ STEPS, LAST, SEEDS = 100, 10, 3  # of a run; of its end, over which a number is 
 REWARD = "rouge_l+4*length-3*invented-2*twice"  # of the default's second stage
 AGES = (0, 1, 4, 16)
 CORRECTIONS = {"none": (), "tokens": ("--tis", "2"), "sequences": ("--tis", "3", "--tis-mode", "sequence_mask")}
+BETAS = (0.1, 0.0)  # the default's, and no KL
 CURVES = ("reward", "length", "within_10pct", "kl", "entropy", "grad_norm", "logp_gap", "age", "tis_mean", "tis_max",
           "tis_ess", "invented", "distinct")
 
@@ -52,20 +54,21 @@ CURVES = ("reward", "length", "within_10pct", "kl", "entropy", "grad_norm", "log
 class Run(NamedTuple):
     age: int  # steps between the weights that write and those that learn
     correction: str
+    beta: float
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.age} steps, {self.correction}"
+        return f"{self.age} steps, {self.correction}, beta {self.beta:g}"
 
     @property
     def slug(self) -> str:
-        return f"{self.age}-{self.correction}-{self.seed}"
+        return f"{self.age}-{self.correction}-{'kl' if self.beta else 'free'}-{self.seed}"
 
     @property
     def flags(self) -> list[str]:
         return ["--stages", f"{REWARD}:{STEPS}", "--eval-posts", "50", "--print-every", "20", "--seed", str(self.seed),
-                *CORRECTIONS[self.correction]]
+                "--beta", str(self.beta), *CORRECTIONS[self.correction]]
 
     @property
     def config(self) -> Config:
@@ -81,7 +84,9 @@ class Run(NamedTuple):
 
 
 def all_runs(seeds: int = SEEDS) -> list[Run]:
-    return [Run(age, correction, seed) for seed in range(seeds) for age in AGES for correction in CORRECTIONS]
+    """Seed by seed. Weights of completions, the second choice, are tried with the KL only."""
+    return [Run(age, correction, beta, seed) for seed in range(seeds) for beta in BETAS for age in AGES
+            for correction in CORRECTIONS if beta or correction != "sequences"]
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -149,8 +154,8 @@ def do(run: Run, threads: int) -> dict:
     if not exploded and (said.returncode or len(evals) < 2):
         raise RuntimeError(f"{run.folder} did not reach its end: {last}. The same command begins it anew.")
     rows = read_lines(run.folder / "metrics.jsonl")
-    curves = {name: [None if row[name] is None else float(f"{row[name]:.4g}") for row in rows]
-              for name in CURVES if name in rows[0]}
+    curves = {name: [None if row.get(name) is None else float(f"{row[name]:.4g}") for row in rows]
+              for name in CURVES if name in rows[-1]}
     val = [{name: value for name, value in row.items() if name != "lengths"} for row in evals]
     result = {"config": as_json(run.config), "age": run.age, "model": embedded(), "curves": curves, "val": val,
               "ended": exploded[1] if exploded else "", "seconds": round(time.monotonic() - begun)}
@@ -176,17 +181,21 @@ COLUMNS = (("reward", "reward", "{:.2f}"), ("within 10%", "within_10pct", "{:.0%
            ("largest", "tis_max", "{:.2f}"), ("effective", "tis_ess", "{:.0%}"))
 
 
+def kept(age: int, correction: str, beta: float) -> list[dict]:
+    """What there is of a setting, one a seed."""
+    return [r for seed in range(SEEDS) if (r := result_of(Run(age, correction, beta, seed)))]
+
+
 def make_table() -> str:
-    """A row an age and a correction: the mean over seeds, and the least and the largest of them."""
-    lines = [f"| age | correction | seeds | {' | '.join(title for title, *_ in COLUMNS)} |",
-             "| --- " * (len(COLUMNS) + 3) + "|"]
-    for age in AGES:
-        for correction in CORRECTIONS:
-            there = [r for seed in range(SEEDS) if (r := result_of(Run(age, correction, seed)))]
-            if there:
-                cells = [cell([at_the_end(r, name) for r in there], form) for _, name, form in COLUMNS]
-                ended = "".join(f"; {r['ended']}" for r in there if r["ended"])
-                lines.append(f"| {age} | {correction} | {len(there)}{ended} | {' | '.join(cells)} |")
+    """A row a setting: the mean over seeds, and the least and the largest of them."""
+    lines = [f"| `--beta` | age | correction | seeds | {' | '.join(title for title, *_ in COLUMNS)} |",
+             "| --- " * (len(COLUMNS) + 4) + "|"]
+    for age, correction, beta, _ in all_runs(1):
+        there = kept(age, correction, beta)
+        if there:
+            cells = [cell([at_the_end(r, name) for r in there], form) for _, name, form in COLUMNS]
+            ended = "".join(f"; {r['ended']}" for r in there if r["ended"])
+            lines.append(f"| {beta:g} | {age} | {correction} | {len(there)}{ended} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -210,26 +219,29 @@ def with_table(text: str, table: str) -> str:
     return head + heading + table + re.sub(r"\A(\|.*\n)*", "", rest)
 
 
+PANELS = ((0.1, "reward", "reward, --beta 0.1"), (0.1, "kl", "KL to the reference model, --beta 0.1"),
+          (0.1, "tis_ess", "effective sample size, --beta 0.1"), (0.0, "reward", "reward, --beta 0"),
+          (0.0, "entropy", "entropy, --beta 0"), (0.0, "tis_ess", "effective sample size, --beta 0"))
+
+
 def draw(path: Path) -> None:
-    """A panel a number, a color an age; without a correction a line is solid, with --tis 2 it is dashed."""
+    """A color an age; dashed with --tis 2. Means over the seeds, and over ten steps."""
     if not any(result_of(run) for run in all_runs()):
         raise ValueError("There is no result to draw yet: python -m studies.staleness run.")
-    figure, axes = new_figure(1)
-    panels = (("reward", "reward", "none", "tokens"), ("kl", "KL to the reference model", "none", "tokens"),
-              ("tis_ess", "effective sample size, --tis 2", "tokens", ""))
-    for ax, (name, title, *lines) in zip(axes.flat, panels):
+    figure, axes = new_figure(2)
+    for ax, (beta, name, title) in zip(axes.flat, PANELS):
         for i, age in enumerate(AGES):
-            for correction, style in zip(lines, ("-", "--")):
-                there = [r for seed in range(SEEDS) if correction and (r := result_of(Run(age, correction, seed)))]
-                curves = [r["curves"][name] for r in there if name in r["curves"] and not r["ended"]]
-                if curves:
-                    mean = [fmean(values) for values in zip(*curves)]
-                    smooth = [fmean(mean[max(0, n - 9):n]) for n in range(1, len(mean) + 1)]
-                    label = f"age {age}{', --tis 2' if style == '--' else ''}"
-                    ax.plot(range(1, len(mean) + 1), smooth, style, lw=1.4, color=f"C{i}", label=label)
+            for correction, style in (("none", "-"), ("tokens", "--")):
+                curves = [r["curves"][name] for r in kept(age, correction, beta) if name in r["curves"]]
+                mean = [fmean(values) for values in zip(*curves)]
+                smooth = [fmean(mean[max(0, n - LAST):n]) for n in range(1, len(mean) + 1)]
+                label = f"age {age}{', --tis 2' if style == '--' else ''}"
+                ax.plot(range(1, len(mean) + 1), smooth, style, lw=1.4, color=f"C{i}", label=label)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("step", fontsize=8)
         ax.grid(alpha=0.2)
+        if name == "kl":
+            ax.set_yscale("symlog", linthresh=0.1)
     axes.flat[0].legend(fontsize=7)
     path.parent.mkdir(exist_ok=True)
     write_file(path, lambda part: figure.savefig(part, dpi=100, format="png"))
@@ -243,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", nargs="?", default="run", choices=("run", "tables", "figures", "one"),
                         help="default: run; one is what run begins for each run, in a process of its own")
-    parser.add_argument("--only", default="", help="a regular expression: runs such as \"16 steps, tokens\"")
+    parser.add_argument("--only", default="", help="a regular expression: runs such as \"16 steps, tokens, beta 0.1\"")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="so many seeds of each")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     args = parser.parse_args(argv)

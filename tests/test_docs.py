@@ -32,7 +32,7 @@ MADE = {"config.json", "metrics.jsonl", "eval.jsonl", "samples.jsonl", "groups.j
 # Programs of others: their flags are theirs.
 FOREIGN = ("pip", "vllm", "uv", "apt", "git", "ruff", "bash", "brew", "cd", "export")
 PROGRAMS = {"train.py": "train", "eval.py": "eval", "studies.rollouts_check": "studies.rollouts_check",
-            "studies.fleet": "studies.fleet",
+            "studies.fleet": "studies.fleet", "studies.staleness": "studies.staleness",
             "studies.rewards_grid": "studies.rewards_grid", "studies.distill": "studies.distill",
             "studies.squish_benchmark": "studies.squish_benchmark", "studies.judge_check": "studies.judge_check",
             "studies.be_the_policy": "studies.be_the_policy", "studies.break_it": "studies.break_it",
@@ -295,7 +295,7 @@ def logged(tmp_path_factory) -> dict[str, set[str]]:
     few = ["--prompts", "2", "--group", "2", "--eval-posts", "2"]
     for name, own in (("length", ["--stages", "rouge_l+length:1"]),
                       ("squish", ["--stages", "squish:1", "--lora", "2", "--max-new-tokens", "60", "--teacher",
-                                  "tiny"])):
+                                  "tiny", "--tis", "2", "--max-age", "1"])):
         subprocess.run([sys.executable, ROOT / "train.py", *few, *own, "--run", name], cwd=folder, check=True,
                        capture_output=True, timeout=300)
     found: dict[str, set[str]] = {}
