@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check(config)
         parse_stages(config.stages)
-        with ranks.joined(config), open_run(config, resume, given) as (config, folder), Stop() as stop:
+        with ranks.joined(), open_run(config, resume, given) as (config, folder), Stop() as stop:
             train(config, folder, resume, stop)
     except (ValueError, OSError, FloatingPointError, ImportError, memory.Full, Lies, ranks.Lost) as e:
         return complain(str(e))

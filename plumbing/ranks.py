@@ -125,8 +125,9 @@ _world: World | None = None
 
 
 @contextmanager
-def joined(config) -> Iterator[None]:
-    """Inside, this process is one of torchrun's ranks, if it was started by it. Raises Lost or ValueError."""
+def joined() -> Iterator[None]:
+    """Inside, this process is one of torchrun's ranks, if it was started by it. Raises Lost, where it does not find the
+    others, and ValueError."""
     global _world
     if not all(os.environ.get(name) for name in NEEDED) or os.environ["WORLD_SIZE"] == "1":
         yield
@@ -135,7 +136,6 @@ def joined(config) -> Iterator[None]:
         raise ValueError("This torch was built without torch.distributed, or without gloo: start one process, without "
                          "torchrun.")
     world, out = World(), sys.stdout
-    take_own_gpu(config, world)
     world.meet()
     _world = world
     try:
@@ -154,14 +154,12 @@ def joined(config) -> Iterator[None]:
         _world, sys.stdout = None, out
 
 
-def take_own_gpu(config, world: World) -> None:
+def take_own_gpu(local: int) -> None:
     """"cuda" is from here on the GPU of this rank's number on its machine."""
-    if not torch.cuda.is_available() or config.device not in ("", "cuda"):
-        return
-    if world.local >= torch.cuda.device_count():
-        raise ValueError(f"There are {torch.cuda.device_count()} GPUs for {os.environ.get('LOCAL_WORLD_SIZE', '?')} "
-                         f"processes: start one for each GPU, or let them share one: --device cuda:0.")
-    torch.cuda.set_device(world.local)
+    if local >= torch.cuda.device_count():
+        raise ValueError(f"There are fewer GPUs here ({torch.cuda.device_count()}) than processes: start one for each "
+                         f"GPU, or let them share one (--device cuda:0).")
+    torch.cuda.set_device(local)
 
 
 def count() -> int:
@@ -276,6 +274,8 @@ def same_settings(config, resume: bool, given: dict, folder=None) -> dict:
             raise ValueError(says + ".")
     if _world:
         _world.run = settings["run"]
+        if torch.cuda.is_available() and given.get("device", settings["device"]) in ("", "cuda"):
+            take_own_gpu(_world.local)
     return found
 
 
@@ -404,4 +404,4 @@ def check_same_weights(named: Mapping[str, Tensor], step: int) -> None:
 
 
 def first_line(e: BaseException | None) -> str:
-    return (str(e) or type(e).__name__).splitlines()[0]
+    return (str(e).strip() or type(e).__name__).splitlines()[0]

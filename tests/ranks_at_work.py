@@ -80,7 +80,7 @@ def updates(rank):
     cases = dict(list(CASES.items())[::3 if os.environ["WORLD_SIZE"] == "3" else 1])
     alone = {name: learn(case) for name, case in cases.items()}
     said = {}
-    with ranks.joined(SimpleNamespace(device="")):
+    with ranks.joined():
         for name, case in cases.items():
             moved, metrics = learn(case)
             want, wanted = alone[name]

@@ -30,7 +30,7 @@ MADE = {"config.json", "metrics.jsonl", "eval.jsonl", "samples.jsonl", "groups.j
         "checkpoint/", "model/", "adapter/", "runs/NAME/", "runs/squish.sqlite", "runs/judge.sqlite", "runs/eval/",
         "compare.md", "studies/results/"}
 # Programs of others: their flags are theirs.
-FOREIGN = ("pip", "vllm", "uv", "apt", "git", "ruff", "bash", "brew", "cd", "export")
+FOREIGN = ("torchrun", "pip", "vllm", "uv", "apt", "git", "ruff", "bash", "brew", "cd", "export")
 PROGRAMS = {"train.py": "train", "eval.py": "eval", "studies.rollouts_check": "studies.rollouts_check",
             "studies.fleet": "studies.fleet", "studies.staleness": "studies.staleness",
             "studies.rewards_grid": "studies.rewards_grid", "studies.distill": "studies.distill",
@@ -186,6 +186,8 @@ def test_every_flag_that_is_named_exists(page, parsers):
 def test_every_command_is_one_that_its_program_takes(page, parsers):
     """Real parsers, real checks: a flag that is gone, a value that is refused, a reward that is misspelt."""
     for command in commands(page):
+        if command[0] == "torchrun" and "--" in command:
+            command = ["python", *command[command.index("--") + 1:]]
         if command[0] in FOREIGN:
             continue
         program, *arguments = command[2:] if command[1] == "-m" else command[1:]
