@@ -69,9 +69,6 @@ REWARDS: dict[str, Callable[[Summary], float]] = {
     "char_bleu": lambda s: bleu(" ".join(s.text), " ".join(s.reference)),  # for Chinese, Japanese, Thai
     "meteor": lambda s: meteor(s.text, s.reference),
     "char_length": lambda s: length_penalty(len(s.text), s.target),  # right for budgets in characters
-    "length_binary": lambda s: float(length_penalty(s.n_tokens, s.target) >= -0.1),  # 1 within 10%, else 0
-    "length_saturating": lambda s: min(0.0, length_penalty(s.n_tokens, s.target) + 0.1),  # within 10% is near enough
-    "length_exp": lambda s: 2.0 ** (10 * length_penalty(s.n_tokens, s.target)),  # halved by every 10% of the target
     "copy_rate": lambda s: copy_rate(s.text, s.document),  # shares of what is bad: give them a negative weight
     "repetition": lambda s: repetition(s.text),
     "twice": lambda s: twice(s.text),

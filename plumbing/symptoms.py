@@ -95,8 +95,8 @@ def games(rows: Sequence[dict], first: dict, last: dict, config) -> str:
     if {"entropy", "invented"} <= {*there} and (last["entropy"] > 1.25 * first["entropy"]
                                                 and last["invented"] > first["invented"] + 0.05):
         wrong |= {"entropy", "invented"}
-    wrong = [f"{name} {first[name]:.2f} -> {last[name]:.2f}" for name in there if name in wrong]
-    return "" if not wrong else (", ".join(wrong) + ": the policy games its reward, or forgets its language. Read "
+    said = [f"{name} {first[name]:.2f} -> {last[name]:.2f}" for name in there if name in wrong]
+    return "" if not said else (", ".join(said) + ": the policy games its reward, or forgets its language. Read "
                                  "some summaries; then raise --beta, lower --lr, or pay for quality as well.")
 
 
