@@ -93,7 +93,7 @@ GALLERY: dict[str, Entry] = {
     "default": Entry(()),
     "target 20": Entry(("--target", "20")),
     "SQUISH": Entry(("--stages", "squish:100", "--lora", "16", "--lr", "1e-3")),
-    "SQUISH, notes": Entry(("--stages", "squish:100", "--lora", "16", "--lr", "1e-3", "--template", "notes")),
+    "SQUISH, larger steps": Entry(("--stages", "squish:100", "--lora", "16", "--lr", "2e-3", "--beta", "0.15")),
 
     "stop token left out": Entry(
         paid(SUM), (Edit(grpo.micro_batch_loss, "m.advantages, m.mask,",
@@ -262,7 +262,7 @@ GALLERY: dict[str, Entry] = {
         mend="Rewards of the size of 1."),
 }
 # {setting: seeds} of runs that no rule of plumbing/symptoms.py was made on: tests hold the rules to them.
-HEALTHY = {"default": range(10, 20), "target 20": range(3), "SQUISH": range(3), "SQUISH, notes": range(3)}
+HEALTHY = {"default": range(10, 20), "target 20": range(3), "SQUISH": range(3), "SQUISH, larger steps": range(3)}
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -393,8 +393,9 @@ def make_page() -> str:
     for name, entry in GALLERY.items():
         beside = f", beside *{entry.beside}*" if entry.beside != "healthy" else ""
         about = f"{entry.why} Look at `{entry.look}`{beside}. Mend it: {entry.mend}"
+        about = textwrap.fill(about, 120, break_on_hyphens=False)
         if entry.says:
-            text += f"\n### {name}\n\n\"{entry.says}\"\n\n{change(name)}\n{textwrap.fill(about, 120)}\n"
+            text += f"\n### {name}\n\n\"{entry.says}\"\n\n{change(name)}\n{about}\n"
     return text
 
 

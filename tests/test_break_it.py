@@ -341,6 +341,17 @@ def test_it_trains_for_real_and_not_twice(results, tmp_path, monkeypatch, capsys
     assert break_it.main(command) == 0  # no run is begun again
 
 
+def test_healthy_runs_of_squish_have_curves_too(results, monkeypatch, capsys):
+    """They have no wanted length, so no share of it, and adapters in place of weights."""
+    few = ("--stages", "squish:2", "--lora", "2", "--prompts", "2", "--group", "2", "--eval-posts", "2")
+    monkeypatch.setattr(break_it, "GALLERY", {"SQUISH": Entry(few)})
+    monkeypatch.setattr(break_it, "HEALTHY", {"SQUISH": [3], "default": [4]})
+    monkeypatch.setattr(once.subprocess, "run", in_this_process)
+    assert break_it.main(["healthy", "--jobs", "1", "--only", "SQ"]) == 0, capsys.readouterr().err
+    curves = read_json(Run("SQUISH", 3).result)["curves"]
+    assert len(curves["kl"]) == len(curves["reward/squish"]) == 2 and "within_10pct" not in curves
+
+
 def test_a_run_that_explodes_is_a_result_and_one_that_was_stopped_is_not(results, monkeypatch):
     def dies(last):
         def run(command, stdout, **_):

@@ -169,7 +169,7 @@ def test_the_real_runs_of_the_gallery(name):
             assert lines == [], (result["config"]["seed"], lines)
 
 
-@pytest.mark.parametrize("name, cut", [("default", 80), ("target 20", 40), ("SQUISH", 0), ("SQUISH, notes", 0)])
+@pytest.mark.parametrize("name, cut", [("default", 80), ("target 20", 40), ("SQUISH", 0), ("SQUISH, larger steps", 0)])
 def test_healthy_runs_that_no_rule_was_made_on_are_left_alone(name, cut):
     for seed in HEALTHY[name]:
         if result := result_of(Run(name, seed)):
