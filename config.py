@@ -71,6 +71,10 @@ class Config:
                             "(DAPO); 0: off")
     missing: str = flag("worst", "a completion without a summary between its tags shares its group's worst reward, or "
                                  "gets less than it", choices=("worst", "penalty"))
+    # A teacher says of every sampled token how likely it is to it. It needs no reward, but the same words.
+    teacher: str = flag("", "a frozen model of the same vocabulary (a folder, a hub name or a run) whose log p - the "
+                            "policy's is each token's advantage: on-policy distillation (docs/distill.md)")
+    teacher_weight: float = flag(1.0, "share of the teacher in the advantages; the rest is the group's, from rewards")
     max_document: int = flag(0, "cut documents to this many tokens; 0: refuse what does not fit")
     # --- what is trained, and how far it moves in a step ---
     # The learning rate matters most. Too high: the KL and the gradient's norm run away. Too low: nothing happens. It
@@ -99,6 +103,11 @@ class Config:
     # Servers that sample get the new weights before each step, in a folder that they must see too.
     rollouts: tuple[str, ...] = flag((), "vLLM servers that write the completions, such as http://localhost:8000; "
                                          "empty: this machine does (docs/machines.md)")
+    # A step then takes as long as the longer of the two, and not as both. But its completions are by the weights of one
+    # step before: take --tis 2 as well.
+    ahead: int = flag(0, "1: the servers write the next batch while this one is learnt from; 0: they wait", (0, 1))
+    max_age: int = flag(0, "completions of weights that are older than so many steps are thrown away and written anew, "
+                           "on this machine; 0: off")
     # MLX is Apple's library for its own chips. The same seed writes the same summaries, within rounding.
     backend: str = flag("torch", "what computes: torch, or mlx on Apple silicon", choices=("torch", "mlx"))
     # --- the update: grpo.py explains each, README.md says which paper takes which ---
@@ -112,6 +121,12 @@ class Config:
     kl: str = of_update("k3_ratio", "KL estimator in the loss; k3_ratio has the right gradient (with gspo: k2)",
                         choices=KLS)
     updates: int = of_update(1, "optimizer steps on each batch of completions (mu in the paper)")
+    # For completions that are not quite the policy's: a server rounds, or has older weights. docs/machines.md says what
+    # that does to a run, and when to correct it.
+    tis: float = of_update(0.0, "truncated importance sampling: a token counts policy / sampler times, but at most so "
+                                "many; 0: off")
+    tis_mode: str = of_update("token", "weights of --tis: a token's ratio, cut; or its completion's, 0 where it is "
+                                       "above (trl's default)", choices=("token", "sequence_mask"))
     temperature: float = of_update(1.0, "of the sampler, and therefore of the loss")
     grad_clip: float = of_update(1.0, "largest norm of the whole gradient")
     micro_tokens: int = of_update(16384, "most tokens of one forward and backward: lower it when memory runs out")
@@ -188,10 +203,21 @@ def check(c: Config) -> None:
          "--seed, --warmup and --weight-decay cannot be negative, and --lr-end must lie in [0, 1]"),
         (c.backend == "mlx" and bool(c.device or c.compile),
          "--backend mlx computes on Apple's GPU, or on the CPU where there is none: leave out --device and --compile"),
+        (c.backend == "mlx" and bool(c.tis or c.ahead or c.max_age),
+         "--backend mlx learns from its own completions only: leave out --tis, --ahead and --max-age"),
+        (not 0 <= c.tis < math.inf or 0 < c.tis < 1,
+         f"--tis {c.tis:g} would cut the weights of completions by the very same policy, which are 1: take 2, or 0 for "
+         f"none"),
+        (bool(c.ahead and not c.rollouts),
+         "--ahead 1 has servers write the next batch while this machine learns: name some with --rollouts, or leave it "
+         "out"),
+        (c.backend == "mlx" and bool(c.teacher), "--teacher needs --backend torch: mlx_grpo.py asks no teacher yet"),
+        (not 0 <= c.teacher_weight <= 1, f"--teacher-weight {c.teacher_weight}: a share lies in [0, 1]"),
+        (c.teacher_weight != 1 and not c.teacher, "--teacher-weight weighs a teacher: name one with --teacher"),
         (0 < c.max_new_tokens <= 1.1 * c.target, f"--max-new-tokens {c.max_new_tokens} would cut summaries at the "
                                                  f"target of {c.target} and count them as hits: leave room to miss"),
         *((getattr(c, n) < 0, f"--{n.replace('_', '-')} cannot be negative") for n in (
-            "max_new_tokens", "max_prompt", "max_posts", "min_chars", "overlong")),
+            "max_new_tokens", "max_prompt", "max_posts", "min_chars", "overlong", "max_age")),
         *((getattr(c, n) < 1, f"--{n.replace('_', '-')} must be at least 1") for n in (
             "target", "prompts", "updates", "micro_tokens", "eval_posts", "save_every", "print_every")),
     ):

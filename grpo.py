@@ -85,11 +85,13 @@ import torch
 from torch import Tensor
 
 from model import Cache, Transformer, pad, token_logprobs
+from plumbing import ranks
+from plumbing.exploded import EXPLODED, step_down
 from plumbing.micro_batches import MicroBatch, micro_batches, rewards_of
+from plumbing.staleness import importance_weights, weights_seen
 
 ADVANTAGES = ("group", "mean", "batch", "gdpo")
 KLS = ("k1", "k2", "k3", "k3_ratio")
-EXPLODED = 1e6  # normal losses are below 1 and normal gradients below 100 (times the advantages, if those are large)
 # All that the losses differ in. Ratio: each token has its own, or the sequence has one. Surrogate: "clip" stops a
 # token's gradient once the ratio has left the band in the direction of A; "weight" clips the factor in front of it, so
 # that no token loses its gradient. Reduction: the sum over tokens is divided so that each completion weighs the same,
@@ -158,12 +160,14 @@ def advantages(rewards: Tensor, kind: str = "group", weights: Tensor | None = No
 def policy_loss(logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, advantages: Tensor, mask: Tensor,
                 kind: str = "grpo", *, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.0,
                 kl: str = "k3", max_length: int | None = None, n_completions: int | None = None,
-                n_tokens: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+                n_tokens: int | None = None, weights: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss to minimise, a scalar, and the metrics clip_frac, ratio and kl. A pure function of tensors.
 
     logp, old_logp, ref_logp [B, G, T]: log-probabilities, in nats, of the sampled tokens under the policy that is
     trained, under the policy before the first step on this batch (None: the same one, so the ratio is 1), and under the
-    ref_model (None: no KL). advantages [B, G]. mask [B, G, T] bool: True on sampled tokens, the stop token included.
+    ref_model (None: no KL). advantages [B, G], or [B, G, T]. mask [B, G, T] bool: True on sampled tokens, the stop too.
+    weights [B, G, T]: constants that multiply a token's policy term before the KL is added, of samples that others than
+    pi_old wrote: min(pi_old / pi_sampler, C), truncated importance sampling (Yao et al. 2025). None: 1.
 
     `kl` is one of `kl_estimates`. The default here is k3, so that a bare call is the paper's loss and trl's. The
     command line's default is k3_ratio, because its gradient is that of the KL which is logged.
@@ -178,27 +182,28 @@ def policy_loss(logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, 
     if beta and ref_logp is None:
         raise ValueError(f"beta is {beta}, but there are no reference log-probabilities: pass ref_logp, or beta=0.")
     ratio_of, surrogate, reduction = KINDS[kind]
-    n_completions = n_completions or advantages.numel()
-    n_tokens = max(1, n_tokens or int(mask.sum()))
+    n_completions, n_tokens = n_completions or mask[..., 0].numel(), max(1, n_tokens or int(mask.sum()))
     # Padding may hold anything, even NaN. It is put to 0 here, before any exp sees it.
     logp = torch.where(mask, logp, 0.0)  # [B, G, T]
     old_logp = logp.detach() if old_logp is None else torch.where(mask, old_logp, 0.0)  # [B, G, T]
-    A = advantages[..., None]  # [B, G, 1]
+    w = 1.0 if weights is None else torch.where(mask, weights, 0.0)  # [B, G, T]
+    A = torch.where(mask, advantages, 0.0) if advantages.ndim == 3 else advantages[..., None]  # [B, G, T] or [B, G, 1]
 
     log_ratio = logp - old_logp  # [B, G, T]
     if ratio_of == "sequence":  # the mean over its tokens
         log_ratio = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)  # [B, G, 1]
+        if advantages.ndim == 3:  # GSPO-token: the same number, but the gradient of a token is paid by its own A
+            log_ratio = log_ratio.detach() + (logp - logp.detach())  # [B, G, T]
     elif ratio_of != "token":
         raise unknown("ratio", ratio_of, ("token", "sequence"))
     ratio = log_ratio.exp()  # [B, G, T], of sequences [B, G, 1]
-
     high, low = ratio > 1 + clip_high, ratio < 1 - clip_low  # as ratio, bool
     if surrogate == "clip":
         clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # as ratio
-        per_token = -torch.min(ratio * A, clipped * A).expand_as(logp)  # [B, G, T]; min: the four cases above
+        per_token = -torch.min(ratio * A, clipped * A).expand_as(logp) * w  # [B, G, T]; min: the four cases
         cut = high & (A > 0) | low & (A < 0)  # as ratio: whose gradient is 0
     elif surrogate == "weight":
-        per_token = -ratio.clamp(max=1 + clip_high).detach() * A * logp  # [B, G, T]
+        per_token = -ratio.clamp(max=1 + clip_high).detach() * A * logp * w  # [B, G, T]
         cut = high  # as ratio: whose weight is clipped
     else:
         raise unknown("surrogate", surrogate, ("clip", "weight"))
@@ -208,7 +213,6 @@ def policy_loss(logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, 
         estimates = kl_estimates(torch.where(mask, ref_logp, 0.0) - logp, ratio)  # [B, G, T] each
         metrics["kl"] = token_mean(estimates["k3"], mask)
         per_token = per_token + beta * estimates[kl]  # [B, G, T]
-
     per_token = per_token * mask  # [B, G, T]
     if reduction == "completions":
         return (per_token.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / n_completions, metrics
@@ -225,8 +229,7 @@ def kl_estimates(x: Tensor, ratio: Tensor) -> dict[str, Tensor]:
     Which one, and why? As a *number* k1 and k3 are unbiased (Schulman 2020), and k3 has less noise. As a *loss* they
     differ: autograd does not know that the tokens were drawn from pi. On average, each token's prefix taken as given,
     k1 has no gradient, and k3, the paper's, has that of KL(ref || pi), the other KL. k2 has that of KL(pi || ref) while
-    pi = pi_old. k3_ratio has it always: the ratio carries the missing term (DeepSeek-V3.2). It must be that of tokens,
-    so with gspo take k2.
+    pi = pi_old. k3_ratio has it always: its ratio, of tokens, carries the missing term (DeepSeek-V3.2). With gspo: k2.
     """
     k3 = x.expm1() - x  # [B, G, T], e^x - 1 - x; expm1, because e^x - 1 cancels for the small x of a healthy run
     return {"k1": -x, "k2": x ** 2 / 2, "k3": k3, "k3_ratio": ratio * k3}
@@ -265,16 +268,16 @@ def group_logprobs(model: Transformer, prompts: Sequence[Tensor], tokens: Tensor
 
 
 def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, optimizer: torch.optim.Optimizer,
-           config) -> dict[str, float]:
+           config, teacher: Transformer | None = None) -> dict[str, float]:
     """One batch of groups, with `rewards` of G floats each -> `config.updates` optimizer steps; returns the metrics.
 
     config is any object with the fields loss, advantage, clip_low, clip_high, beta, kl, updates, temperature,
-    grad_clip, micro_tokens and max_new_tokens. Without a ref_model (None) there is no KL, whatever `config.beta` says.
+    grad_clip, micro_tokens and max_new_tokens. It may have tis and tis_mode, and needs teacher_weight for a teacher.
+    Without a ref_model there is no KL.
 
-    The metrics: loss, kl (k3, nats a token), entropy (nats a token), clip_frac, ratio, grad_norm, flat_groups (share
-    of groups whose rewards are all equal), logp_gap (largest difference between the sampler's log-probabilities and
-    ours, before the first step). With several updates, loss, kl, entropy, clip_frac, ratio and grad_norm are those of
-    the last one.
+    The metrics: loss, kl and entropy (nats a token, kl by k3), clip_frac, ratio and grad_norm, of several updates those
+    of the last one; flat_groups (share of groups whose rewards are all equal); from before the first step logp_gap (the
+    largest between the sampler's log-probabilities and ours), teacher_kl (mean), tis_mean, tis_max, tis_ess.
 
     Raises FloatingPointError when the loss or the gradient is NaN or exploded (the weights are then as they were
     before this optimizer step), or when a weight is not finite after it.
@@ -285,10 +288,10 @@ def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, 
     most = EXPLODED * max(1.0, A.abs().max().item())  # rewards of 1e9 are no reason to stop: the clip takes it out
     beta = config.beta if ref_model is not None else 0.0
     # Without a KL, a batch of flat groups has gradient zero; AdamW would still move by momentum and weight decay.
-    learns = beta > 0 or not bool(flat.all())
-    # Pieces that fit into memory. If all of it fits, there is one piece: the groups, padded to the longest and stacked.
-    micros = micro_batches(groups, A, config.micro_tokens)
-    n_tokens = sum(int(m.mask.sum()) for m in micros)
+    learns = beta > 0 or (teacher is not None and config.teacher_weight > 0) or not bool(flat.all())
+    # Pieces that fit into memory; if all does, the groups, padded and stacked. Under torchrun, of this rank's groups.
+    micros = micro_batches(ranks.mine(groups), ranks.mine(A), config.micro_tokens)
+    n_tokens = sum(int(g.mask.sum()) for g in groups)
     whole = {"beta": beta, "n_completions": A.numel(), "n_tokens": n_tokens,
              "max_length": config.max_new_tokens or max(g.tokens.shape[1] for g in groups)}
     metrics = {"flat_groups": flat.float().mean().item(), "grad_norm": 0.0, "logp_gap": 0.0}
@@ -297,28 +300,30 @@ def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, 
         means: dict[str, float] = defaultdict(float)
         for m in micros:
             with torch.set_grad_enabled(learns):
-                loss, seen = micro_batch_loss(model, ref_model, m, config, whole)
-            if not loss.abs() < most:  # NaN is not smaller than anything
-                raise FloatingPointError(f"The loss is {loss.item()}: a log-probability or the KL exploded")
+                loss, seen = micro_batch_loss(model, ref_model, m, config, whole, teacher)
             if learns:
                 loss.backward()  # the gradients of the micro-batches add up, as their losses do
             share = int(m.mask.sum()) / n_tokens
             means["loss"] += loss.item()
             for name, value in seen.items():
                 means[name] += value.item() * share
+        means = ranks.summed(means, model.parameters() if learns else ())  # and the gradients of all ranks
+        if not abs(means["loss"]) < most:  # NaN is not smaller than anything
+            raise FloatingPointError(f"The loss is {means['loss']}: a log-probability or the KL exploded")
         metrics |= means
         if not learns:
             break
-        metrics["grad_norm"] = step_down(model, optimizer, config.grad_clip, most)
-    metrics["logp_gap"] = max(m.logp_gap for m in micros)
+        metrics["grad_norm"] = step_down(model, optimizer, config.grad_clip, most)  # clip_grad_norm_, optimizer.step()
+    metrics |= {"logp_gap": ranks.largest(max(m.logp_gap for m in micros)), **weights_seen(micros)}
     optimizer.zero_grad(set_to_none=True)  # gradients are as large as the weights, and the sampler wants the room
     return metrics
 
 
 def micro_batch_loss(model: Transformer, ref_model: Transformer | None, m: MicroBatch, config,
-                     whole: dict) -> tuple[Tensor, dict[str, Tensor]]:
+                     whole: dict, teacher: Transformer | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss and the metrics of one micro-batch. `whole` is what it has to know of the whole batch."""
     logp, entropy = group_logprobs(model, m.prompts, m.tokens, m.mask, config.temperature)  # [b, g, T] each
+    seen = {"entropy": entropy.sum() / m.mask.sum()}
     old_logp = m.old_logp  # [b, g, T], or None in the first pass: the model is still the one that sampled
     if old_logp is None:
         # Kept for the second update on; with one update old_logp is logp, detached: the ratio is 1. Why not take the
@@ -326,25 +331,20 @@ def micro_batch_loss(model: Transformer, ref_model: Transformer | None, m: Micro
         # is that of another distribution. It serves as an alarm: where the gap is large, one of the two is wrong.
         m.old_logp = logp.detach()  # [b, g, T]
         m.logp_gap = (m.old_logp - m.sampler_logp).abs().max().item()
+        if getattr(config, "tis", 0):
+            m.weights = importance_weights(m.old_logp, m.sampler_logp, m.mask, config)  # [b, g, T]
         if whole["beta"] and ref_model is not None:
-            # Under LoRA the ref_model is the policy itself without its adapters: no second copy.
             with torch.no_grad(), ref_model.adapters_off():
                 m.ref_logp, _ = group_logprobs(ref_model, m.prompts, m.tokens, m.mask, config.temperature)  # [b, g, T]
+        if teacher is not None:
+            with torch.no_grad():  # at the policy's temperature: then only a policy equal to the teacher has a KL of 0
+                teacher_logp, _ = group_logprobs(teacher, m.prompts, m.tokens, m.mask, config.temperature)  # [b, g, T]
+            # As an advantage, log teacher - log pi makes the loss's gradient that of KL(pi || teacher), by token.
+            gain, w = teacher_logp - m.old_logp, config.teacher_weight  # [b, g, T]
+            m.advantages = (1 - w) * m.advantages[..., None] + w * gain  # [b, g, T]
+            seen["teacher_kl"] = token_mean(-gain, m.mask)
     loss, metrics = policy_loss(logp, old_logp, m.ref_logp, m.advantages, m.mask, kind=config.loss, kl=config.kl,
-                                clip_low=config.clip_low, clip_high=config.clip_high, **whole)
-    return loss, metrics | {"entropy": entropy.sum() / m.mask.sum()}
-
-
-def step_down(model: Transformer, optimizer: torch.optim.Optimizer, largest_norm: float, most: float) -> float:
-    """Shorten the gradient to `largest_norm` and take the optimizer's step -> the norm it had; `most` is an error."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, largest_norm).item()
-    if not norm < most:
-        raise FloatingPointError(f"The gradient's norm is {norm}")
-    # Weights are float32, too: a step of 1e-6 is lost on a bfloat16 weight of 0.02, whose neighbours are 1e-4 away.
-    optimizer.step()
-    if not torch.stack([p.sum() for p in parameters]).isfinite().all():  # faster than each element's own isfinite
-        raise FloatingPointError("A weight is not finite after the optimizer's step")
-    return norm
+                                clip_low=config.clip_low, clip_high=config.clip_high, weights=m.weights, **whole)
+    return loss, metrics | seen
 
 # Next: train.py, the loop that calls `update`

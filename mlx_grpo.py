@@ -3,8 +3,7 @@
 Read grpo.py first: the derivation, the tables and the reasons stand there. What holds no tensor of the model (tables,
 advantages, micro-batches) is imported from the torch files. Comments here say only where MLX differs, and why:
 
-1. MLX is lazy. A line of arithmetic makes a node of a graph, and `mx.eval` computes it. So a batch is evaluated where
-   its loss is known, or the graph would grow from step to step.
+1. MLX is lazy: arithmetic makes a graph, and `mx.eval` computes it. So a batch is evaluated where its loss is known.
 2. Arrays never change. A step makes new ones, and the model is told which are its parameters now (`put`).
 3. Gradients are asked for by a function of the parameters: `mx.value_and_grad(loss_of)(trained)`. Whatever is computed
    outside that function is a constant to it, so the log-probabilities of the policy are computed inside.
@@ -58,19 +57,20 @@ def policy_loss(logp: mx.array, old_logp: mx.array | None, ref_logp: mx.array | 
     if beta and ref_logp is None:
         raise ValueError(f"beta is {beta}, but there are no reference log-probabilities: pass ref_logp, or beta=0.")
     ratio_of, surrogate, reduction = KINDS[kind]
-    n_completions = n_completions or advantages.size
+    n_completions = n_completions or mask[..., 0].size
     n_tokens = max(1, n_tokens or mask.sum().item())
     logp = mx.where(mask, logp, 0.0)  # [B, G, T]
     old_logp = mx.stop_gradient(logp) if old_logp is None else mx.where(mask, old_logp, 0.0)  # [B, G, T]
-    A = advantages[..., None]  # [B, G, 1]
+    A = mx.where(mask, advantages, 0.0) if advantages.ndim == 3 else advantages[..., None]  # [B, G, T] or [B, G, 1]
 
     log_ratio = logp - old_logp  # [B, G, T]
     if ratio_of == "sequence":
         log_ratio = log_ratio.sum(-1, keepdims=True) / mx.maximum(mask.sum(-1, keepdims=True), 1)  # [B, G, 1]
+        if advantages.ndim == 3:
+            log_ratio = mx.stop_gradient(log_ratio) + (logp - mx.stop_gradient(logp))  # [B, G, T]
     elif ratio_of != "token":
         raise unknown("ratio", ratio_of, ("token", "sequence"))
     ratio = mx.exp(log_ratio)  # [B, G, T], of sequences [B, G, 1]
-
     high, low = ratio > 1 + clip_high, ratio < 1 - clip_low  # as ratio, bool
     if surrogate == "clip":
         clipped = mx.clip(ratio, 1 - clip_low, 1 + clip_high)  # as ratio
@@ -87,7 +87,6 @@ def policy_loss(logp: mx.array, old_logp: mx.array | None, ref_logp: mx.array | 
         estimates = kl_estimates(mx.where(mask, ref_logp, 0.0) - logp, ratio)  # [B, G, T] each
         metrics["kl"] = token_mean(estimates["k3"], mask)
         per_token = per_token + beta * estimates[kl]  # [B, G, T]
-
     per_token = per_token * mask  # [B, G, T]
     if reduction == "completions":
         return (per_token.sum(-1) / mx.maximum(mask.sum(-1), 1)).sum() / n_completions, metrics

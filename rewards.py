@@ -25,14 +25,11 @@ from plumbing.server import similarities
 def length_penalty(n_tokens: int, target: int) -> float:
     """How far a completion is from the wanted length: -|n - target| / target, so 0 is best and there is no worst.
 
-    `n_tokens` is the number of tokens that were sampled, without the stop token. It must not come from encoding the
-    decoded text again: a policy may spell "summary" as "sum" + "mary", the tokenizer would read it back as one token,
-    and the reward would then grade a sequence that nobody sampled and no gradient touches.
+    `n_tokens`: tokens that were sampled, without the stop token. Encoding the text again would not do: a policy may
+    spell "sum" + "mary", which is read back as one token, so a length would be graded that nobody sampled.
 
-    >>> length_penalty(48, target=64)  # 16 tokens short: -16/64
-    -0.25
-    >>> length_penalty(64, target=64), length_penalty(0, target=64), length_penalty(192, target=64)
-    (0.0, -1.0, -2.0)
+    >>> [length_penalty(n, target=64) for n in (48, 64, 0, 192)]  # 48 is 16 tokens short: -16/64
+    [-0.25, 0.0, -1.0, -2.0]
     """
     if target <= 0:
         raise ValueError(f"the target length must be a positive number of tokens, not {target}.")
@@ -64,6 +61,9 @@ def _measured(summary: Summary, name: str) -> float:
 # A reward is one line: a name for the expression, and a function from Summary to a number, higher meaning better.
 REWARDS: dict[str, Callable[[Summary], float]] = {
     "length": lambda s: length_penalty(s.n_tokens, s.target),
+    "length_binary": lambda s: float(length_penalty(s.n_tokens, s.target) >= -0.1),  # 1 within 10%, else 0
+    "length_saturating": lambda s: min(0.0, length_penalty(s.n_tokens, s.target) + 0.1),  # within 10% is near enough
+    "length_exp": lambda s: 2.0 ** (10 * length_penalty(s.n_tokens, s.target)),  # halved by every 10% of the target
     "rouge_l": lambda s: rouge_l(s.text, s.reference),
     "bleu": lambda s: bleu(s.text, s.reference),
     "char_bleu": lambda s: bleu(" ".join(s.text), " ".join(s.reference)),  # for Chinese, Japanese, Thai

@@ -42,6 +42,7 @@ class Group:
     ending: Tensor | None = None  # [G] tokens that spell the stop text, 0 elsewhere; None without a stop text
     parts: dict[str, list[float]] = field(default_factory=dict)  # G values of each reward, before its weight
     weights: dict[str, float] = field(default_factory=dict)  # the weight of each of them
+    version: int | None = None  # steps that the weights had learnt which wrote it; None: those of now
 
     @property
     def lengths(self) -> Tensor:

@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 
 import numpy as np
@@ -28,6 +29,7 @@ from config import Config, parse_budgets
 from judge import paid
 from metrics import distinct, invented, repetition, templated
 from model import Transformer
+from plumbing import ranks
 from plumbing.posts import Post, load_posts
 from plumbing.prompts import encode_prompt
 from plumbing.thoughts import without_thoughts
@@ -243,11 +245,8 @@ def score(groups: Sequence[Group], tasks: Sequence[Task], reward: Reward, config
     It reads texts and lengths and sets plain floats, so groups may come from any sampler. `scorers`: the (model,
     tokenizer) pairs that measure the rewards in NEED_MODEL.
     """
-    summaries, lengths, rewards = [], [], []
-    for group, task in zip(groups, tasks):
-        summaries.append(score_group(group, task, reward, config, scorers))
-        lengths.append(content_lengths(group))
-        rewards.append(group.rewards or [])
+    summaries = ranks.scored(partial(score_group, reward=reward, config=config, scorers=scorers), groups, tasks)
+    lengths, rewards = [content_lengths(group) for group in groups], [group.rewards or [] for group in groups]
     # What compares is a mean over the posts that have a summary of their own, where there are any.
     compares = not NEED_REFERENCE.isdisjoint(reward.names)
     paid = [group for group, task in zip(groups, tasks) if task.post.reference or not compares] or groups

@@ -26,8 +26,8 @@ import task
 from config import Config, Stage, check, parse_stages, reading, reward_names
 from eval import evaluate, fit_posts
 from lora import add_lora, merge_lora, save_adapters
-from model import Cache, Transformer, load, pad, save
-from plumbing import memory
+from model import Transformer, load, save
+from plumbing import memory, ranks
 from plumbing.adamw import AdamW, spare_norms
 from plumbing.checkpoint import kept_when_alone, load_checkpoint, made_of, save_checkpoint, stage_copy
 from plumbing.cli import Stop, complain, open_console, open_run, read_arguments
@@ -38,9 +38,12 @@ from plumbing.folder import can_stop, with_words
 from plumbing.groups import keeping_groups
 from plumbing.log import Log
 from plumbing.posts import TINY, Post, load_split, say_references
-from plumbing.rollouts import on_servers
+from plumbing.rehearsal import rehearse_largest_step
+from plumbing.rollouts import asked_ahead, on_servers
+from plumbing.staleness import renew
+from plumbing.teacher import load_teacher
 from rewards import NEED_MODEL, NEED_REFERENCE
-from rollout import Group, sample, split
+from rollout import sample, split
 
 
 def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
@@ -49,31 +52,31 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
     Three models take part. The policy writes and learns. The reference model is the policy as it was at the start: the
     KL in the loss holds the policy near it, so that it does not forget how to write. The scorers measure SQUISH, where
     a stage is paid by it. The last two are frozen. Under LoRA all three share one set of weights, unless --references
-    or --stage-ref previous asks for others.
+    or --stage-ref previous asks for others. With --teacher a fourth, frozen too, says how likely each token is to it.
     """
     begun = time.monotonic()
     mlx = import_module("mlx_grpo") if config.backend == "mlx" else None  # not everybody has MLX
     stages = parse_stages(config.stages)
     device = config.backend if mlx else config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    free = memory.cap_memory(device)
+    free = memory.cap_memory(device, ranks.on_this_machine())
     # From here on, what cannot work is refused before the first step: posts that are too long, a model that is too big.
     model, tokenizer = load_policy(config)
     posts, held_out, longest = choose_posts(config, stages, model, tokenizer)
     ref_model, scorers = frozen_models(config, stages, model, tokenizer)
+    teacher = load_teacher(config, model, tokenizer, load_with_tokenizer)
     begun_with = made_of(folder, posts, held_out, longest, {
-        "base model": model if config.lora else ref_model,
+        "base model": model if config.lora else ref_model, "teacher": teacher,
         **{f"model {n} that measures squish": scorer for n, (scorer, _) in enumerate(scorers, 1)}})
     make_fast_or_small(config, model, ref_model)
     check_device(model, min(longest, key=len), sample, grpo.group_logprobs)  # nothing on the CPU
     if not mlx:  # whose memory is another one
-        rehearse_largest_step(model, ref_model, longest, config, free)
+        rehearse_largest_step(model, ref_model, ranks.largest_share(longest), config, free, grpo, teacher)
     optimizer = make_optimizer(config, model)
-    # A run is its weights, the optimizer's moments and a step number. All else follows from the seed and the step, so a
-    # resumed run repeats the uninterrupted one bit for bit.
+    # A run is its weights, the optimizer's moments and a step; the rest follows from its seed. It resumes bit for bit.
     step = load_checkpoint(folder, model, optimizer) if resume else 0
     act, learn = mlx.take_over(model, optimizer, min(longest, key=len)) if mlx else (sample, grpo.update)
-    act = on_servers(config, folder, act=act, model=model, tokenizer=tokenizer, prompt=max(longest, key=len),
-                     grpo=grpo, split=split, save=save, save_adapters=save_adapters)  # `act` itself without --rollouts
+    act = on_servers(config, folder, act=ranks.sharing(act, split), model=model, tokenizer=tokenizer, grpo=grpo,
+                     prompt=max(longest, key=len), split=split, save=save, save_adapters=save_adapters, stop=stop)
     log = Log(folder, config, stages, step, task.describe_goal(config), begun_with)
     log.begin(model, posts, held_out)
     # Greedy summaries of posts that the policy never learns from, scored by the last stage's reward.
@@ -89,7 +92,7 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
             ref_model = frozen_copy_of_stage(folder, model, stage, begins=step == stage.first)
         step = run_stage(config, folder, stage, step, model=model, ref_model=ref_model, tokenizer=tokenizer,
                          posts=posts, scorers=scorers, optimizer=optimizer, total=stages[-1].end, log=log, stop=stop,
-                         act=act, learn=learn)
+                         act=act, learn=learn, teacher=teacher)
         if stop.asked:
             save(model, tokenizer, folder / "model")
             return log.say(f"Stopped after step {step}. Go on with: python train.py --run {config.run} --resume")
@@ -103,9 +106,10 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
 
 
 def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, ref_model, tokenizer, posts, scorers,
-              optimizer, total: int, log: Log, stop: Stop, act, learn) -> int:
+              optimizer, total: int, log: Log, stop: Stop, act, learn, teacher=None) -> int:
     """The algorithm box of the paper (Shao et al. 2024, algorithm 1), from `step` to the stage's end, which is returned
     if nobody stops the run. `act` and `learn` are `sample` and `update`, of torch, MLX or servers."""
+    learn = partial(learn, teacher=teacher) if teacher is not None else learn  # MLX's knows none
     while step < stage.end:
         clock = time.monotonic()
         for parameters in optimizer.param_groups:
@@ -115,24 +119,30 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
         tasks = task.tasks_of(posts, step, config, tokenizer)
         # 2. The policy writes G summaries of each. The same temperature divides the logits here and in the loss: else
         #    the policy that is trained would not be the one that wrote.
-        groups = act(model, [each.prompt for each in tasks], G=config.group, max_new_tokens=config.max_new_tokens,
-                     temperature=config.temperature, seed=config.seed * 1_000_003 + step, tokenizer=tokenizer,
-                     stop_text=task.CLOSE if task.has_tag(config.template) else "")
+        wish = dict(G=config.group, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                    seed=config.seed * 1_000_003 + step, tokenizer=tokenizer,
+                    stop_text=task.CLOSE if task.has_tag(config.template) else "")
+        # With --ahead, servers write the next step's summaries while this one's are learnt from.
+        ahead = asked_ahead(config, step, total, stop, partial(task.tasks_of, posts, step + 1, config, tokenizer))
+        groups = act(model, [each.prompt for each in tasks], **wish, **ahead)
+        ages = renew(groups, step, config, partial(sample, model, **wish))  # what is too old is written anew
         # 3. Each summary gets a number. Any function of the text will do, for no gradient goes through it: the loss
         #    asks only how much better than its own group a summary was.
         # What was written is kept if the rest fails, or to look at; a reward may also ask a server, which may go away.
-        kept = keeping_groups(log, step + 1, groups, model=model, ref_model=ref_model, tokenizer=tokenizer, grpo=grpo)
+        kept = keeping_groups(log, step + 1, groups, model=model, ref_model=ref_model, tokenizer=tokenizer, grpo=grpo,
+                              teacher=teacher)
         with kept, kept_when_alone(folder, model, optimizer, step):
             line = task.score(groups, tasks, stage.reward, config, tokenizer, scorers)
             # 4. Summaries that did better than their own group become likelier, the others less likely: not too far
             #    from the policy that wrote them (the clip), nor from the reference model (the KL).
             with explained(folder, model, tokenizer, optimizer, groups=groups, config=config, step=step, save=save):
-                line |= learn(model, ref_model, groups, optimizer, config)
+                line |= ages | learn(model, ref_model, groups, optimizer, config)
 
         # 5. Say what happened, and now and then write down all that is needed to go on from here.
         step += 1
         line["n_tokens"] = sum(int(group.mask.sum()) for group in groups)
         log.step(step, stage, line, time.monotonic() - clock)
+        stop.agree()  # under torchrun
         if stop.asked or step % config.save_every == 0 or step == stage.end:
             save_checkpoint(folder, model, optimizer, step)
         if stop.asked:
@@ -180,8 +190,8 @@ def choose_posts(config: Config, stages: list[Stage], model, tokenizer) -> tuple
     names = reward_names(stages)
     config.template = config.template or task.choose_template(model, tokenizer, names)
     unit_of = {"chars": "char_length", "tokens": "length"}
-    for name in names & {"length", "char_length"}:
-        if task.has_budget(config.template) and name != unit_of[config.budget_unit]:
+    for name in names & {"char_length", "length", "length_binary", "length_saturating", "length_exp"}:
+        if task.has_budget(config.template) and not name.startswith(unit_of[config.budget_unit]):
             raise ValueError(f"--stages: '{name}' does not go with budgets of {config.budget_unit}: take "
                              f"{unit_of[config.budget_unit]}, whose target is then the budget.")
     splits = load_split(config.data, config.eval_data, split=config.split, **reading(config))
@@ -227,36 +237,6 @@ def make_fast_or_small(config: Config, model: Transformer, ref_model: Transforme
         memory.tidy(model)  # not when compiled: torch.compile cannot look into what it calls
 
 
-def rehearse_largest_step(model, ref_model, longest_prompts: list[list[int]], config: Config, free: int) -> None:
-    """Do the run's largest step once and throw it away: what does not fit is refused now, and not after an hour.
-
-    `longest_prompts`: those of the largest batch that may come, B x [P_b] token ids. `free`: bytes that may be taken.
-    No weight and no random number is changed. Raises memory.Full.
-    """
-    device = next(model.parameters()).device
-    B, G, T = len(longest_prompts), config.group, config.max_new_tokens
-    prompts = [torch.tensor(prompt, device=device) for prompt in longest_prompts]  # B x [P_b]
-    tokens = torch.ones(G, T, dtype=torch.long, device=device)  # [G, T]
-    groups = [Group(prompt=prompt, tokens=tokens, mask=tokens.bool(), logp=tokens.float(),
-                    stopped=tokens[:, 0].bool(), texts=[]) for prompt in prompts]
-
-    @torch.no_grad()
-    def prefill():  # sampling begins with all prompts at once, beside its own copies of the weights
-        padded, mask = pad(prompts)  # [B, P], [B, P]
-        with model.packed(B * G, T):
-            model.hidden(padded, Cache(), mask)
-
-    def learn(micro_tokens):
-        batch = grpo.micro_batches(groups, torch.zeros(B, G, device=device), micro_tokens)[0]  # the largest
-        if ref_model is not None:
-            with torch.no_grad(), ref_model.adapters_off():
-                grpo.group_logprobs(ref_model, batch.prompts, batch.tokens, batch.mask)
-        grpo.group_logprobs(model, batch.prompts, batch.tokens, batch.mask)[0].sum().backward()
-
-    memory.rehearse(model, sample=prefill, learn=learn, prompts=B, prompt_tokens=max(map(len, longest_prompts)),
-                    new_tokens=T, micro_tokens=config.micro_tokens, checkpointing=config.checkpointing, free=free)
-
-
 def make_optimizer(config: Config, model: Transformer) -> torch.optim.Optimizer:
     """AdamW over what is trained: all weights, or under LoRA the adapters.
 
@@ -278,9 +258,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check(config)
         parse_stages(config.stages)
-        with open_run(config, resume, given) as (config, folder), Stop() as stop:
+        with ranks.joined(config), open_run(config, resume, given) as (config, folder), Stop() as stop:
             train(config, folder, resume, stop)
-    except (ValueError, OSError, FloatingPointError, ImportError, memory.Full, Lies) as e:
+    except (ValueError, OSError, FloatingPointError, ImportError, memory.Full, Lies, ranks.Lost) as e:
         return complain(str(e))
     except (RuntimeError, MemoryError) as e:
         if not memory.is_full(e):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.optim import Optimizer
 
-from plumbing import words
+from plumbing import ranks, words
 from plumbing.folder import file_parameters, read_json, write_file
 from plumbing.log import read_lines
 
@@ -28,10 +28,13 @@ def save_checkpoint(folder: Path, model, optimizer: Optimizer, step: int) -> Non
 
     The checkpoint before it stays. Disks break, and one file is one chance.
     """
+    trained = {name: p for name, p in file_parameters(model).items() if p.requires_grad}  # of LoRA, the adapters only
+    ranks.check_same_weights(trained, step)
+    if not ranks.first():
+        return
     for log in folder.glob("*.jsonl"):  # after a power cut the log may be ahead of the checkpoint, but not behind it
         with open(log, "rb+") as f:
             os.fsync(f.fileno())
-    trained = {name: p for name, p in file_parameters(model).items() if p.requires_grad}  # of LoRA, the adapters only
     state = {"step": step, "model": trained, "optimizer": optimizer.state_dict()}
     last, new = folder / "checkpoint" / LAST, folder / "checkpoint" / "next-state.pt"
     write_file(new, lambda part: torch.save(state, part))
@@ -146,6 +149,8 @@ def made_of(folder: Path, posts: Sequence, held_out: Sequence, prompts: list[lis
     if any(post.reference for post in (*posts, *held_out)):  # METEOR counts its synonyms
         files = words._wordnet()
         now["WordNet"] = sha256(*(files[name] for name in sorted(files))) if files else "none"
+    for name, value in now.items():
+        ranks.agree(name, value, "Give all machines the same files")
     begun = read_json(folder / "config.json").get("made_of", {}) if (folder / "config.json").exists() else {}
     changed = [name for name in begun if name in now and begun[name] != now[name]]
     if changed:

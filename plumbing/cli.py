@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from filelock import FileLock, Timeout
 
+from plumbing import ranks
 from plumbing.checkpoint import check_that_it_can_go_on
 from plumbing.folder import read_json
 from plumbing.log import say
@@ -64,8 +65,13 @@ def open_run(config, resume: bool, given: dict) -> Iterator[tuple]:
 
     The folder is held as long as the block goes on: a second train.py, started in the same second or by mistake, gets
     another name, or a sentence. A run that is refused before it has written anything leaves no folder.
+
+    Of several ranks the first does that, and the others are told what it has found.
     """
     runs = Path("runs")
+    if not ranks.first():
+        yield told(config, resume, given)
+        return
     if resume:
         config, folder = run_to_resume(config, given, runs)
         lock = hold(folder)
@@ -80,6 +86,7 @@ def open_run(config, resume: bool, given: dict) -> Iterator[tuple]:
             check_that_it_can_go_on(folder)
         elif (folder / "config.json").exists():
             raise FileExistsError(f"{folder} is there already: go on with --resume, or take another --run.")
+        ranks.same_settings(config, resume, given, folder)
         with reporting(folder):
             yield config, folder
     except Full as e:
@@ -94,6 +101,13 @@ def open_run(config, resume: bool, given: dict) -> Iterator[tuple]:
                 (folder / LOCK).unlink()
                 for empty in (folder / LOCK.parent, folder, runs):
                     empty.rmdir()
+
+
+def told(config, resume: bool, given: dict) -> tuple:
+    """What `open_run` yields on rank 0, on another one. Only the device is its own."""
+    found = ranks.same_settings(config, resume, given)
+    kept = {name: tuple(value) if isinstance(value, list) else value for name, value in found["config"].items()}
+    return type(config)(**kept | {"device": given.get("device", kept["device"])}), Path(found["folder"])
 
 
 def run_to_resume(config, given: dict, runs: Path) -> tuple:
@@ -116,6 +130,9 @@ def run_to_resume(config, given: dict, runs: Path) -> tuple:
         say(f"{folder} was computed by {then} so far: by {given['backend']} it goes on within rounding, and not bit "
             f"for bit.")
         kept["device"] = ""  # that of the other backend need not be on this machine
+    if saved.get("ranks", 1) != ranks.count():
+        say(f"{folder} was computed by {saved.get('ranks', 1)} processes so far: by {ranks.count()} it goes on within "
+            f"rounding, and not bit for bit.")
     return type(config)(**kept | {name: given[name] for name in FREE if name in given}), folder
 
 
@@ -148,7 +165,9 @@ class Stop:
     """
 
     def __enter__(self) -> "Stop":
-        self.asked, self.before = False, {}
+        self.asked = self.heard = False
+        self.before: dict = {}
+        self.at_end: list[Callable[[], None]] = []  # what is to be done when the run is over, however it ended
         if threading.current_thread() is threading.main_thread():  # no other thread hears signals
             for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):  # no system has all of them
                 number = getattr(signal, name, None)
@@ -158,14 +177,21 @@ class Stop:
         return self
 
     def __exit__(self, *_) -> None:
+        for do in self.at_end:
+            do()
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
+    def agree(self) -> None:
+        """All ranks stop after the same step, which ends here: whichever was asked."""
+        self.asked = self.asked or any(ranks.exchange(self.heard))
+
     def ask(self, number: int, _) -> None:
-        if self.asked and number == signal.SIGINT:
+        if self.heard and number == signal.SIGINT:
             sys.exit("\nStopped at once. The last checkpoint is good; go on with --resume.")
-        if not self.asked:
-            self.asked = True
+        if not self.heard:
+            self.heard = True
+            self.asked = ranks.count() == 1
             say("\nStopping after this step (Ctrl-C again to stop at once) ...")
 
 

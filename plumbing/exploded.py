@@ -9,6 +9,21 @@ from tokenizers import Tokenizer
 
 from plumbing.checkpoint import load_checkpoint
 
+EXPLODED = 1e6  # normal losses are below 1 and normal gradients below 100 (times the advantages, if those are large)
+
+
+def step_down(model: torch.nn.Module, optimizer: torch.optim.Optimizer, largest_norm: float, most: float) -> float:
+    """Shorten the gradient to `largest_norm` and take the optimizer's step -> the norm it had; `most` is an error."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, largest_norm).item()
+    if not norm < most:
+        raise FloatingPointError(f"The gradient's norm is {norm}")
+    # Weights are float32, too: a step of 1e-6 is lost on a bfloat16 weight of 0.02, whose neighbours are 1e-4 away.
+    optimizer.step()
+    if not torch.stack([p.sum() for p in parameters]).isfinite().all():  # faster than each element's own isfinite
+        raise FloatingPointError("A weight is not finite after the optimizer's step")
+    return norm
+
 
 @contextmanager
 def explained(folder: Path, model: torch.nn.Module, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, *,

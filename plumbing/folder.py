@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from plumbing import ranks
 from plumbing.download import download
 from plumbing.model_config import QUANTIZED, ModelConfig, read_config, warn
 from plumbing.weights import write_tensors
@@ -363,16 +364,21 @@ def remove_shards(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    write_files({path: write})
+def write_file(path: Path, write: Callable[[Path], object], everywhere: bool = False) -> None:
+    write_files({path: write}, everywhere)
 
 
 def write_text(path: Path, text: str) -> None:
     write_file(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def write_files(files: dict[Path, Callable[[Path], object]]) -> None:
-    """Each `write(part)` beside its path, then all renamed: a full disk or a kill while writing leaves the old ones."""
+def write_files(files: dict[Path, Callable[[Path], object]], everywhere: bool = False) -> None:
+    """Each `write(part)` beside its path, then all renamed: a full disk or a kill while writing leaves the old ones.
+
+    Of several ranks only the first writes, unless all should, `everywhere`.
+    """
+    if not (everywhere or ranks.first()):
+        return
     parts = {path: path.with_name(path.name + ".part") for path in files}
     try:
         for path, part in parts.items():

@@ -7,6 +7,8 @@ that is where the clip acts. A second update on the same batch (--updates 2) wou
     {"step", "stage", "loss", "rewards": [B][G], "groups": [{"prompt", "completions": [{"tokens": [T],
      "before", "after", "ref": [T] nats, "kl": [2][T], "weights": {loss: [2][T]}, "reward", "advantage", ...}]}]}
 
+With a teacher each token has an advantage of its own, and "advantage" is their mean.
+
 The 2 is for before and after. A weight is minus the loss's gradient by the token's log-probability, times the tokens
 of the batch. So 1 is what a token of advantage 1 gets where all tokens weigh the same. Above 0 the token becomes
 likelier, below 0 rarer, and at 0 the loss leaves it alone.
@@ -23,6 +25,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from plumbing import ranks
 from plumbing.log import Log, say
 from plumbing.micro_batches import rewards_of
 from plumbing.report import write_report
@@ -41,22 +44,25 @@ def steps_to_keep(total: int) -> set[int]:
 
 
 @contextmanager
-def keeping_groups(log: Log, step: int, groups: Sequence, *, model, ref_model, tokenizer, grpo) -> Iterator[None]:
+def keeping_groups(log: Log, step: int, groups: Sequence, *, model, ref_model, tokenizer, grpo,
+                   teacher=None) -> Iterator[None]:
     """Around the scoring of a step's groups and the update on them: where it fails, their texts are kept (`Log`); where
     it does not, now and then what it came to.
 
     `grpo`: the module, or whatever has its group_logprobs, policy_loss, kl_estimates, advantages and KINDS. It costs
-    three forward passes over two groups, in a dozen steps of a run. No weight and no random number is touched. What
-    fails in here does not end the run.
+    three forward passes over two groups (with a teacher four), in a dozen steps of a run. No weight and no random
+    number is touched. What fails in here does not end the run.
     """
-    shown = groups[:GROUPS] if step in steps_to_keep(log.total) else []
+    shown = groups[:GROUPS] if ranks.first() and step in steps_to_keep(log.total) else []
     before = [attempt(logprobs, model, group, log.config, grpo) for group in shown]  # [1, G, T] each
     # Under LoRA the ref_model is the policy itself without its adapters.
     ref = [ref_model and attempt(reference_logprobs, ref_model, group, log.config, grpo) for group in shown]  # as they
+    its = [teacher and attempt(logprobs, teacher, group, log.config, grpo) for group in shown]  # as before
     with log.keeping(step, groups):
         yield
-    if shown and None not in before:
-        attempt(keep, log, step, groups=groups, before=before, ref=ref, model=model, tokenizer=tokenizer, grpo=grpo)
+    if shown and None not in before and not (teacher and None in its):
+        attempt(keep, log, step, groups=groups, before=before, ref=ref, its=its, model=model, tokenizer=tokenizer,
+                grpo=grpo)
 
 
 def attempt(do: Callable, *args, **named):
@@ -83,7 +89,8 @@ def reference_logprobs(ref_model, group, config, grpo) -> Tensor:
         return logprobs(ref_model, group, config, grpo)
 
 
-def keep(log: Log, step: int, *, groups: Sequence, before: list, ref: list, model, tokenizer: Tokenizer, grpo) -> None:
+def keep(log: Log, step: int, *, groups: Sequence, before: list, ref: list, its: list, model, tokenizer: Tokenizer,
+         grpo) -> None:
     """A line of groups.jsonl, and the report with it: who looks at a run while it goes on sees them at once."""
     config, stage = log.config, next(stage.number for stage in log.stages if step <= stage.end)
     rewards, weights = rewards_of(groups, by_part=config.advantage == "gdpo")  # [B, G], or [B, G, K] and [K]
@@ -94,9 +101,13 @@ def keep(log: Log, step: int, *, groups: Sequence, before: list, ref: list, mode
     row = {"step": step, "stage": stage, "loss": config.loss, "beta": beta, "updates": config.updates,
            "kinds": {kind: list(parts) for kind, parts in grpo.KINDS.items()},
            "rewards": [[rounded(r) for r in group.rewards] for group in groups[:32]], "groups": []}
-    for i, (old, ref_logp) in enumerate(zip(before, ref)):
+    for i, (old, ref_logp, of_teacher) in enumerate(zip(before, ref, its)):
         new = logprobs(model, groups[i], config, grpo)  # [1, G, T]
-        row["groups"].append(group_of(groups[i], tokenizer, old=old, new=new, ref=ref_logp, A=A[i:i + 1], beta=beta,
+        a = A[i:i + 1]  # [1, G]
+        if of_teacher is not None:
+            w = config.teacher_weight
+            a = (1 - w) * a[..., None] + w * (of_teacher - old)  # [1, G, T], as in the update
+        row["groups"].append(group_of(groups[i], tokenizer, old=old, new=new, ref=ref_logp, A=a, beta=beta,
                                       whole=whole, config=config, grpo=grpo))
     with open(log.folder / "groups.jsonl", "a", encoding="utf-8") as f:
         f.write(json.dumps(row) + "\n")
@@ -105,8 +116,9 @@ def keep(log: Log, step: int, *, groups: Sequence, before: list, ref: list, mode
 
 def group_of(group, tokenizer: Tokenizer, *, old: Tensor, new: Tensor, ref: Tensor | None, A: Tensor, beta: float,
              whole: dict, config, grpo) -> dict:
-    """One prompt and its completions; `old`, `new` and `ref` [1, G, T], A [1, G]."""
+    """One prompt and its completions; `old`, `new` and `ref` [1, G, T], A [1, G] or [1, G, T]."""
     mask = group.mask[None].cpu()  # [1, G, T]
+    of_all = A if A.ndim == 2 else (A * mask).sum(-1) / mask.sum(-1).clamp(min=1)  # [1, G]
     moments = [(old, old), (new, old)]  # (logp, old_logp) before the update and after it
     settings = {"clip_low": config.clip_low, "clip_high": config.clip_high, **whole}
     weights = {kind: [weights_of(grpo, x, y, None, A, mask, kind=kind, **settings)[0] for x, y in moments]
@@ -127,7 +139,7 @@ def group_of(group, tokenizer: Tokenizer, *, old: Tensor, new: Tensor, ref: Tens
         n = int(mask[0, g].sum())
         T = min(n, most)
         completions.append({
-            "number": g + 1, "reward": rounded(group.rewards[g]), "advantage": rounded(A[0, g].item()),
+            "number": g + 1, "reward": rounded(group.rewards[g]), "advantage": rounded(of_all[0, g].item()),
             "parts": {name: rounded(values[g]) for name, values in group.parts.items()}, "all": n,
             "stopped": bool(group.stopped[g]), "tokens": pieces(tokenizer, group.tokens[g, :T].tolist()),
             "before": floats(old[0, g, :T]), "after": floats(new[0, g, :T]),

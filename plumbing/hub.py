@@ -67,7 +67,7 @@ def fetch(source: str, split: str, limit: int, counts: Callable[[dict], bool | N
 def place(path: Path, content: bytes) -> None:
     """Write under a name of our own and rename: another run may be fetching the same."""
     mine = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
-    write_file(mine, lambda part: part.write_bytes(content))
+    write_file(mine, lambda part: part.write_bytes(content), everywhere=True)
     os.replace(mine, path)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TextIO
 
+from plumbing import ranks
 from plumbing.folder import read_json, write_text
 from plumbing.scripts import without_rouge
 from plumbing.symptoms import symptoms
@@ -22,11 +23,11 @@ from plumbing.words import find_wordnet, how_to_get_wordnet
 # The progress line: key of metrics.jsonl, title, width, format.
 COLUMNS = (("reward", "reward", 7, "{:.3f}"), ("length", "length", 6, "{:.1f}"), ("within_2", "±2", 5, "{:.0%}"),
            ("within_10pct", "±10%", 5, "{:.0%}"), ("over", "over", 5, "{:.0%}"), ("missing", "none", 5, "{:.0%}"),
-           ("kl", "kl", 6, "{:.3f}"), ("entropy", "entropy", 7, "{:.2f}"),
+           ("kl", "kl", 6, "{:.3f}"), ("teacher_kl", "teacher", 7, "{:.3f}"), ("entropy", "entropy", 7, "{:.2f}"),
            ("distinct", "distinct", 8, "{:.2f}"), ("templated", "templ", 5, "{:.0%}"),
            ("invented", "invent", 6, "{:.0%}"),
            ("clip_frac", "clip", 5, "{:.0%}"), ("flat_groups", "flat", 5, "{:.0%}"), ("grad_norm", "grad", 5, "{:.2f}"),
-           ("logp_gap", "gap", 6, "{:.0e}"), ("tokens_per_s", "tok/s", 6, "{:.0f}"))
+           ("logp_gap", "gap", 6, "{:.0e}"), ("tis_ess", "ess", 5, "{:.0%}"), ("tokens_per_s", "tok/s", 6, "{:.0f}"))
 
 
 # These pay for no length. What a forker's reward pays for, nobody knows.
@@ -45,9 +46,13 @@ class Log:
         self.recent: list[dict] = []
         self.shown = 0
         self.first = self.last = step
+        ranks.agree("numbers of steps done", step,
+                    "All machines need to see the run's folder, on a common disk or copied")
         # METEOR's values depend on whether there are synonyms, so a run says where it got them.
         saved = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
         saved |= dataclasses.asdict(config) | {"wordnet": str(find_wordnet() or ""), "made_of": made_of or {}}
+        if ranks.count() > 1 or "ranks" in saved:
+            saved["ranks"] = ranks.count()
         write_text(folder / "config.json", json.dumps(saved, indent=2) + "\n")
         kept = self.take_up(step)
         self.rows, self.warned = kept["metrics"], False
@@ -97,6 +102,8 @@ class Log:
             raise
 
     def append(self, name: str, row: dict) -> None:
+        if not ranks.first():
+            return
         path = self.folder / f"{name}.jsonl"
         try:
             with open(path, "a", encoding="utf-8") as f:
@@ -126,7 +133,7 @@ class Log:
 
     def evaluation(self, step: int, stage: int, evaluate: Callable[[], dict], held_out: list) -> None:
         """Evaluate once per (step, stage), even when the run was killed right after."""
-        if (step, stage) not in self.evaluated:
+        if ranks.exchange((step, stage) not in self.evaluated)[0]:
             try:
                 r = evaluate()
             except ConnectionError as e:  # the reward's server is away; each stage ends with a checkpoint
@@ -140,6 +147,8 @@ class Log:
             self.append("eval", {"step": step, "stage": stage, **r})
             from plumbing.report import write_report  # here, for it reads what this file writes
             write_report(self.folder)
+        if not ranks.first():
+            return
         self.say(f"  held out, greedy, {moment(stage)}: "
                  + describe(read_lines(self.folder / "eval.jsonl")[-1], self.sized))
         self.shown = 0
@@ -192,6 +201,8 @@ class Log:
 
     def finish(self, seconds: float, peak: float | None) -> None:
         """What the run did to the first held-out posts, and how it went."""
+        if not ranks.first():
+            return
         evals, samples = read_lines(self.folder / "eval.jsonl"), read_lines(self.folder / "samples.jsonl")
         first = [row for row in samples if row["stage"] == 0]
         last = [row for row in samples if row["stage"] == evals[-1]["stage"]]

@@ -68,19 +68,22 @@ def room_of(group: Path, limit: str, use: str, files: str) -> int | None:
     return int(most) - int((group / use).read_text(encoding="utf-8")) + (int(droppable[1]) if droppable else 0)
 
 
-def cap_memory(device: str) -> int:
+def cap_memory(device: str, processes: int = 1) -> int:
     """From here on, a process on the CPU that takes more than is available gets an exception, also on Linux.
 
     Returns how many bytes are available, or 0 where no limit was set: a GPU and Windows refuse by themselves, and macOS
-    knows no such limit. Nor for "mlx": refused memory, it ends the process without a word.
+    knows no such limit. Nor for "mlx": refused memory, it ends the process without a word. `processes` that begin at
+    the same time on this machine get equal parts.
 
     RLIMIT_DATA counts private memory that may be written, touched or not. Mapped files and the stacks of libraries'
     threads make its count differ from what is in use, but by little.
     """
     np.ones((64, 64)) @ np.ones((64, 64))  # OpenBLAS takes its buffers now: refused them later, it ends the process
+    torch.ones(2 ** 22).add_(1)  # torch's threads start: refused a stack later, they end it too
     free = available()
     if device != "cpu" or free is None or sys.platform != "linux":
         return 0
+    free //= processes
     soft = psutil.Process().memory_info().data + free
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     resource.setrlimit(resource.RLIMIT_DATA, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))

@@ -19,9 +19,10 @@ class MicroBatch:
     tokens: Tensor  # [b, g, T]
     mask: Tensor  # [b, g, T] bool
     sampler_logp: Tensor  # [b, g, T]
-    advantages: Tensor  # [b, g]
+    advantages: Tensor  # [b, g]; from a teacher [b, g, T]
     old_logp: Tensor | None = None  # [b, g, T] of the policy before the first step on this batch
     ref_logp: Tensor | None = None  # [b, g, T] of the frozen policy that the KL holds to
+    weights: Tensor | None = None  # [b, g, T] of --tis: what the samples of other weights count
     logp_gap: float = 0.0  # largest difference between the sampler's log-probabilities and the trainer's
 
 

@@ -11,6 +11,10 @@ weights than the policy, says log-probabilities of another distribution, or cuts
 A server that dies or lies is dropped. Its prompts go to the others, or are sampled here, so no step is lost. Held-out
 posts are summarised here, by the very weights that are saved.
 
+With --ahead 1 the servers write the next step's completions while this one's are learnt from. When they have come,
+servers get new weights, and nothing is in flight then. They are compared with the weights that wrote them, of which a
+copy is kept: those that are trained have moved on.
+
 Shapes: G completions a prompt, T completion tokens.
 """
 
@@ -21,7 +25,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +35,7 @@ from torch import Tensor
 from plumbing.groups import logprobs
 from plumbing.log import say
 from plumbing.server import Refused
+from plumbing.staleness import weights_of_now, with_weights
 from plumbing.vllm import Engine, Row
 
 # Nats between the server's log-probabilities and ours. Two that compute in float32 differ by 3e-5 at most. bfloat16
@@ -49,19 +54,40 @@ STALE = ("It was right before, so it keeps weights of before the reload: vLLM's 
 
 
 def on_servers(config, folder: Path, *, act: Callable, model, tokenizer, prompt: list[int], grpo, split: Callable,
-               save: Callable, save_adapters: Callable) -> Callable:
+               save: Callable, save_adapters: Callable, stop=None) -> Callable:
     """A function that is called as `act`, and asks the servers of --rollouts; `act` itself where there are none.
 
     `act` samples here, `prompt` is the longest that may come, `grpo` the module (or whatever has its group_logprobs);
-    split, save and save_adapters are those of rollout.py, model.py and lora.py. ConnectionError where no server is of
-    use; ValueError for an address that is none.
+    split, save and save_adapters are those of rollout.py, model.py and lora.py; `stop` (`cli.Stop`) ends what is in
+    flight when the run ends. ConnectionError where no server is of use; ValueError for an address that is none.
     """
     if not config.rollouts:
         return act
     write = (lambda path: save_adapters(model, path)) if config.lora else (lambda path: save(model, tokenizer, path))
     fleet = Fleet(config, folder, act, write, split=split, grpo=grpo)
+    if stop is not None:
+        stop.at_end.append(fleet.close)
     fleet.begin(model, prompt, tokenizer)
     return fleet.sample
+
+
+def asked_ahead(config, step: int, total: int, stop, tasks: Callable[[], list]) -> dict:
+    """What `act` is told besides: {"step", "then"}, where servers write ahead and there is a step to come, else {}.
+    `tasks()` makes those of the next step."""
+    if not (config.ahead and config.rollouts) or step + 1 >= total or stop.asked:
+        return {}
+    return {"step": step, "then": tasks}
+
+
+@dataclass
+class Sent:
+    """Completions that are being written."""
+
+    jobs: list[tuple]  # (server, place of the prompt)
+    answers: "Answers"
+    question: tuple = ()  # of what is written ahead: prompts and settings,
+    step: int = 0  # the steps that the weights have learnt which write it,
+    weights: Sequence[Tensor] = ()  # and those of them that are trained
 
 
 class Fleet:
@@ -71,12 +97,14 @@ class Fleet:
         """`write(folder)` saves what is trained: the model, or its adapters."""
         self.config, self.act, self.write, self.split, self.grpo = config, act, write, split, grpo
         self.engines = [Engine(url) for url in dict.fromkeys(config.rollouts)]
+        self.known = tuple(self.engines)  # also those that are dropped
         for left in folder.glob("rollouts-*"):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
         self.folder = Path(tempfile.mkdtemp(prefix="rollouts-", dir=folder)).resolve()  # the server finds it by that
         os.chmod(self.folder, 0o755)  # and may be another user
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)  # when the run ends
+        self.remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)  # when the run ends
         self.n, self.alone = 0, False  # how often new weights were written; whether no server is left
+        self.sent: Sent | None = None  # what is written ahead
 
     def begin(self, model, prompt: list[int], tokenizer) -> None:
         """Try all that a step will ask for, on the longest prompt. ConnectionError where no server is left."""
@@ -92,13 +120,31 @@ class Fleet:
         say(f"Completions are written by {' and '.join(engine.url for engine in self.engines)}. A server rounds by "
             f"what else it computes, so this run is not repeated or resumed bit for bit.")
 
-    def sample(self, model, prompts: Sequence, **settings) -> list:
-        """What `rollout.sample` says, of settings G, max_new_tokens, temperature, seed, tokenizer and stop_text."""
+    def sample(self, model, prompts: Sequence, *, step: int = 0, then: Callable | None = None, **settings) -> list:
+        """What `rollout.sample` says, of settings G, max_new_tokens, temperature, seed, tokenizer and stop_text.
+
+        `then`: to write ahead. A function -> the tasks of the next step, whose seed is one more; the model has learnt
+        `step` steps. Groups that were written ahead have a version.
+        """
         if settings["temperature"] == 0:  # of held-out posts
             return self.act(model, prompts, **settings)
-        if self.engines:
+        sent, self.sent = self.sent, None
+        if sent and sent.question != (prompts, settings):  # something else is asked for now
+            sent.answers.wait()
+            sent = None
+        if sent:
+            with with_weights(model, sent.weights):
+                groups = self.ask(model, prompts, sent, **settings)
+            for group in groups.values():
+                group.version = sent.step
+        if self.engines and (then or not sent):
             self.sync()
-        groups = self.ask(model, prompts, **settings)
+        if not sent:
+            groups = self.ask(model, prompts, **settings)
+        if self.engines and then:
+            asked, more = [task.prompt for task in then()], settings | {"seed": settings["seed"] + 1}
+            self.sent = replace(self.send(model, asked, range(len(asked)), **more), question=(asked, more), step=step,
+                                weights=weights_of_now(model))
         left = [i for i in range(len(prompts)) if i not in groups]
         if left and not self.alone:
             self.alone = True
@@ -106,6 +152,15 @@ class Fleet:
         if left:
             groups |= dict(zip(left, self.act(model, [prompts[i] for i in left], **settings)))
         return [groups[i] for i in range(len(prompts))]
+
+    def close(self) -> None:
+        """The run is over: nobody waits for what is in flight, and the servers may stop writing it."""
+        sent, self.sent = self.sent, None
+        for engine in self.known:
+            engine.hang_up()
+        if sent:
+            sent.answers.join(10)
+        self.remove()
 
     def sync(self) -> None:
         """Give all servers what was learnt. Nothing is in flight now: the steps of a run follow each other."""
@@ -119,10 +174,9 @@ class Fleet:
             self.each(lambda engine: engine.take_weights(new))
         shutil.rmtree(old, ignore_errors=True)
 
-    def ask(self, model, prompts: Sequence, *, G: int, max_new_tokens: int, temperature: float, seed: int, tokenizer,
-            stop_text: str = "") -> dict:
-        """{place of a prompt: its group}, of all prompts unless no server is left."""
-        groups: dict = {}
+    def send(self, model, prompts: Sequence, left: Sequence[int], *, G: int, max_new_tokens: int, temperature: float,
+             seed: int, tokenizer, stop_text: str = "") -> Sent:
+        """Ask the servers for the completions of some of the prompts, and wait for nothing."""
         stops = sorted(model.config.eos_token_ids)
         wish = {"temperature": temperature, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
                 "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0, "ignore_eos": True,
@@ -134,15 +188,22 @@ class Fleet:
             return engine.complete(wish, list(map(int, prompts[i])), G, max_new_tokens, tokenizer=tokenizer,
                                    seed=(seed * len(prompts) + i) * G % 2 ** 62, words=model.config.vocab_size)
 
+        jobs = [(self.engines[k % len(self.engines)], i) for k, i in enumerate(left)]
+        return Sent(jobs, Answers(complete, jobs))
+
+    def ask(self, model, prompts: Sequence, sent: Sent | None = None, **settings) -> dict:
+        """{place of a prompt: its group}, of all prompts unless no server is left. `sent`: what was asked before."""
+        groups: dict = {}
         while self.engines and len(groups) < len(prompts):
             left = [i for i in range(len(prompts)) if i not in groups]
-            jobs = [(self.engines[k % len(self.engines)], i) for k, i in enumerate(left)]
-            answers = together(complete, jobs)
-            for engine in {engine: None for engine, _ in jobs}:
-                mine = {i: answer for (asked, i), answer in zip(jobs, answers) if asked is engine}
+            now, sent = sent or self.send(model, prompts, left, **settings), None
+            answers = now.answers.wait()
+            for engine in {engine: None for engine, _ in now.jobs}:
+                mine = {i: answer for (asked, i), answer in zip(now.jobs, answers) if asked is engine}
                 refused = [answer for answer in mine.values() if isinstance(answer, Refused)]
                 if not refused:
-                    written = {i: self.group_of(model, tokenizer, prompts[i], rows) for i, rows in mine.items()}
+                    written = {i: self.group_of(model, settings["tokenizer"], prompts[i], rows)
+                               for i, rows in mine.items()}
                     refused = self.doubts(engine, model, next(iter(written.values())))
                 if refused:
                     self.drop(engine, refused[0])
@@ -228,22 +289,35 @@ def check_whole(file: Path) -> None:
                       f"--resume.") from e
 
 
-def together(work: Callable, jobs: Sequence[tuple]) -> list:
-    """[work(*job), or the Refused that it raised] of all jobs at once. Who ends the run at once waits for no answer."""
-    answers: list = [None] * len(jobs)
+class Answers:
+    """work(*job) of all jobs at once, each in a thread. Who ends the run at once waits for none of them."""
 
-    def attempt(k: int) -> None:
+    def __init__(self, work: Callable, jobs: Sequence[tuple]):
+        self.found: list = [None] * len(jobs)
+        self.threads = [threading.Thread(target=self.attempt, args=(k, work, job), daemon=True, name="rollouts")
+                        for k, job in enumerate(jobs)]
+        for thread in self.threads:
+            thread.start()
+
+    def attempt(self, k: int, work: Callable, job: tuple) -> None:
         try:
-            answers[k] = work(*jobs[k])
+            self.found[k] = work(*job)
         except Exception as e:  # for the thread that waits
-            answers[k] = e
+            self.found[k] = e
 
-    threads = [threading.Thread(target=attempt, args=(k,), daemon=True) for k in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for answer in answers:
-        if isinstance(answer, Exception) and not isinstance(answer, Refused):
-            raise answer
-    return answers
+    def join(self, seconds: float | None = None) -> None:
+        for thread in self.threads:
+            thread.join(seconds)
+
+    def wait(self) -> list:
+        """[work(*job), or the Refused that it raised] of all jobs."""
+        self.join()
+        for answer in self.found:
+            if isinstance(answer, Exception) and not isinstance(answer, Refused):
+                raise answer
+        return self.found
+
+
+def together(work: Callable, jobs: Sequence[tuple]) -> list:
+    """[work(*job), or the Refused that it raised] of all jobs at once."""
+    return Answers(work, jobs).wait()

@@ -7,6 +7,9 @@ The routes are vLLM's own: /health, /v1/models, /v1/completions, and for new wei
 import json
 import math
 import os
+import socket
+import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -46,11 +49,32 @@ class Engine:
         from openai import DefaultHttpxClient
         # No address but this one: no proxy of the environment, and nowhere that it sends us on. A connection that is
         # kept may be closed by the server in the moment in which it is used again.
-        http = DefaultHttpxClient(trust_env=False, follow_redirects=False)
+        http = DefaultHttpxClient(trust_env=False, follow_redirects=False, event_hooks={"request": [self.on_the_way]})
         self.client = self.server.client.with_options(http_client=http, default_headers={"Connection": "close"})
         self.name, self.base, self.context = "", "", 0  # what is asked for; the model without adapters; its tokens
         self.limits: tuple[float, float] | None = None  # of the gap: largest and mean; None: never compared
         self.met = False  # it has written a completion
+        self.over = False  # nobody waits for its answers any more
+        self.sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()  # of requests that are in flight
+
+    def on_the_way(self, request) -> None:
+        """A request is about to go: keep its connection, for `hang_up`."""
+        def connected(event: str, info: dict) -> None:
+            if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+                self.sockets.add(info["return_value"].get_extra_info("socket"))
+                if self.over:
+                    self.hang_up()
+
+        if self.over:
+            raise ConnectionError("The run is over.")
+        request.extensions["trace"] = connected
+
+    def hang_up(self) -> None:
+        """End all requests, and begin none: a thread that waits for an answer gets an error in its place."""
+        self.over = True
+        for each in list(self.sockets):
+            with suppress(OSError):  # closed already
+                each.shutdown(socket.SHUT_RDWR)
 
     def send(self, method: str, path: str, body: dict | None = None, tries: int = 1, seconds: float = 0) -> str:
         """The answer's text; Refused where there is none."""

@@ -15,16 +15,13 @@ the last line of eval.jsonl, how many weights are not what they were, and the se
 
 import argparse
 import hashlib
-import inspect
 import json
 import os
 import re
-import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
@@ -40,9 +37,9 @@ from config import Config
 from model import load
 from plumbing.cli import read_arguments
 from plumbing.curves import new_figure
-from plumbing.folder import read_json, write_file, write_text
-from plumbing.log import read_lines
-from plumbing.once import as_json, digest, same_settings, side_by_side
+from plumbing.edits import Edit, edited
+from plumbing.folder import write_file, write_text
+from plumbing.once import as_json, curves, digest, evaluations, kept, the_rest, to_its_end
 from plumbing.posts import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,43 +48,6 @@ STEPS, LAST = 50, 10  # of a run; of the end, over which a number is a mean
 CURVES = ("reward", "reward_std", "length", "within_10pct", "kl", "entropy", "distinct", "templated", "repetition",
           "invented", "flat_groups", "grad_norm", "logp_gap", "ratio", "clip_frac", "loss")
 SHARES = ("within_10pct", "repetition", "invented", "flat_groups", "moved")
-
-
-# --- an edit ----------------------------------------------------------------------------------------------------------
-
-
-class Edit(NamedTuple):
-    """A few words of a function of the story, and what stands there by mistake."""
-
-    function: Callable
-    old: str
-    new: str
-
-    def code(self, source: str) -> str:
-        """The function's source with the mistake in it. ValueError where the words are not there, or not once."""
-        if source.count(self.old) != 1:
-            raise ValueError(f"{self.function.__qualname__} has {self.old!r} {source.count(self.old)} times, and not "
-                             f"once: the story has changed, so write the edit anew in studies/break_it.py.")
-        return source.replace(self.old, self.new)
-
-
-@contextmanager
-def broken(edits: Sequence[Edit]) -> Iterator[None]:
-    """Inside, the functions do what the edits make of them, whoever has imported them; afterwards, what they did."""
-    sources: dict[Callable, str] = {}
-    for edit in edits:
-        f = inspect.unwrap(edit.function)  # `sample` without its no_grad
-        sources[f] = edit.code(sources.get(f) or textwrap.dedent(inspect.getsource(f)))
-    before = {f: f.__code__ for f in sources}
-    for f, source in sources.items():
-        made: dict = {}
-        exec(compile(source, f"<{f.__qualname__}, broken>", "exec"), f.__globals__, made)
-        f.__code__ = inspect.unwrap(made[f.__name__]).__code__
-    try:
-        yield
-    finally:
-        for f, code in before.items():
-            f.__code__ = code
 
 
 # --- the gallery ------------------------------------------------------------------------------------------------------
@@ -335,45 +295,25 @@ def embedded() -> str:
 
 def result_of(run: Run) -> dict | None:
     """What was kept of a run, if it was one of these settings, these edits and this model."""
-    if not run.result.exists():
-        return None
-    result = read_json(run.result)
-    same = same_settings(result["config"], run.config, Config())
-    return result if same and all(result[key] == run.decides[key] for key in ("edits", "model")) else None
+    return kept(run.result, run.config, Config(), edits=run.decides["edits"], model=run.decides["model"])
 
 
 def train_broken(run: Run) -> int:
     """The run itself, in a process of its own -> train.py's exit code."""
     flags = ["--run", run.folder.name]
-    with broken(run.entry.edits):
+    with edited(run.entry.edits):
         return train.main([*flags, "--resume"] if (run.folder / "config.json").exists() else [*run.flags, *flags])
 
 
 def do(run: Run, threads: int) -> dict:
     """Train, or go on, and keep the result. RuntimeError if the run neither reaches its end nor explodes."""
-    run.folder.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
-    settings = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "studies.break_it", "one", "--only", run.name, "--seeds", str(run.seed)]
-    with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
-        code = subprocess.run(command, stdout=log, stderr=log, env=settings).returncode
-    last = (run.folder / "log.txt").read_text(encoding="utf-8").splitlines()[-1]
-    exploded = re.search(r"train.py: (.* in step \d+)", last)
-    evals = read_lines(run.folder / "eval.jsonl")
-    if not exploded and (code or len(evals) < 2):
-        raise RuntimeError(f"{run.folder} did not reach its end: {last}. The same command goes on with it.")
-    result = {**run.decides, "ended": exploded[1] if exploded else "", "curves": curves(run.folder),
-              "val": [{name: value for name, value in row.items() if name != "lengths"} for row in evals],
-              "moved": None if exploded else moved(run), "seconds": round(time.monotonic() - begun)}
+    ended = to_its_end(command, run.folder, ROOT, threads)
+    result = {**run.decides, "ended": ended, "curves": curves(run.folder, CURVES), "val": evaluations(run.folder),
+              "moved": None if ended else moved(run), "seconds": round(time.monotonic() - begun)}
     write_text(run.result, json.dumps(result) + "\n")
     return result
-
-
-def curves(folder: Path) -> dict[str, list]:
-    """The columns of metrics.jsonl, to four digits."""
-    rows = read_lines(folder / "metrics.jsonl")
-    names = [*CURVES, *(name for name in rows[0] if name.startswith("reward/"))]
-    return {name: [None if row[name] is None else float(f"{row[name]:.4g}") for row in rows] for name in names}
 
 
 def moved(run: Run) -> float:
@@ -446,9 +386,7 @@ def change(name: str) -> str:
     lines = ""
     for edit in entry.edits:
         if edit not in beside.edits:
-            lines += f"# {edit.function.__module__}.{edit.function.__qualname__}\n"
-            lines += "".join(f"- {line}\n" for line in edit.old.splitlines())
-            lines += "".join(f"+ {line}\n" for line in edit.new.splitlines())
+            lines += edit.lines()
     return text + (f"```diff\n{lines}```\n" if lines else "")
 
 
@@ -519,17 +457,7 @@ def run_all(args: argparse.Namespace) -> None:
     """What has no result yet, `args.jobs` runs at a time, seed by seed."""
     names = [name for name, entry in GALLERY.items() if entry.says and re.search(args.only, name)]
     names = list(dict.fromkeys(each for name in names for each in (GALLERY[name].beside, name)))
-    left = [run for seed in range(args.seeds) for name in names if not result_of(run := Run(name, seed))]
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    print(f"{len(left)} of {len(names) * args.seeds} runs to do, {args.jobs} at a time, {threads} threads each",
-          flush=True)
-
-    def job(run: Run) -> None:
-        result = do(run, threads)
-        print(f"  {run.name}, seed {run.seed}: {result['seconds']} s{' ' * bool(result['ended'])}{result['ended']}",
-              flush=True)
-
-    side_by_side(job, left, args.jobs)
+    the_rest([Run(name, seed) for seed in range(args.seeds) for name in names], result_of, do, args.jobs)
 
 
 if __name__ == "__main__":

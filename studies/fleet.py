@@ -184,6 +184,12 @@ def simulate(job: Job, fleet: Fleet, seed: int = 0) -> Outcome:
         own = [slice(k, None, len(samplers)) for k in range(min(len(samplers), job.prompts))]
         return ready, max(s.work(ready, sampling(sampler, P[at], T[at])) for s, at in zip(samplers, own))
 
+    def compare(n: int, ready: float) -> float:
+        """Compare one group of each server with what the weights say themselves -> when that is done."""
+        P, T = job.batch(n, seed)
+        seconds = sum(cost(learner.compare, p + t.sum()) for p, t in zip(P[:fleet.samplers], T))
+        return learners[0].work(ready, seconds) if fleet.samplers else ready
+
     def learn(n: int, ready: float) -> float:
         """Score batch n and learn from it -> when the new weights are there."""
         P, T = job.batch(n, seed)
@@ -191,9 +197,7 @@ def simulate(job: Job, fleet: Fleet, seed: int = 0) -> Outcome:
         ends = []
         for machine, (p, t) in zip(learners, shares):
             seconds = cost(learner.score, t.size) + cost(learner.learn, p.sum() + t.sum())
-            # One group of each server is compared with what the weights say themselves.
-            groups = zip(p[:fleet.samplers], t[:fleet.samplers])
-            ends.append(machine.work(ready, seconds + sum(cost(learner.compare, a + b.sum()) for a, b in groups)))
+            ends.append(machine.work(ready, seconds))
         if len(learners) == 1:
             return ends[0]
         # A ring: each rank sends and gets every gradient nearly twice, but for its own share of them.
@@ -202,9 +206,9 @@ def simulate(job: Job, fleet: Fleet, seed: int = 0) -> Outcome:
 
     _, here = ask(0, 0.0, 0)
     for n in range(job.steps):
-        more, begin, following = n + 1 < job.steps, here, here
+        more, begin = n + 1 < job.steps, compare(n, here)
         if more and fleet.ahead and fleet.samplers:
-            begin, following = ask(n + 1, here, n)  # from the weights of before this update
+            begin, following = ask(n + 1, begin, n)  # from the weights of before this update
         done = learn(n, begin)
         if more:
             here = max(done, following) if fleet.ahead and fleet.samplers else ask(n + 1, done, n + 1)[1]
@@ -489,28 +493,30 @@ def slow_server(seconds: float):
 def check(steps: int, seconds: float) -> dict[str, tuple[float, float]]:
     """{run: (seconds a step by the simulation, by the run itself)}. Pieces are measured before and after each run, for
     other programs may want the machine too: the simulated number is the mean of both."""
-    runs = {"one machine": 0, "one server": 1, "two servers": 2}
+    runs = {"one machine": (0, False), "one server": (1, False), "two servers": (2, False),
+            "two servers, ahead": (2, True)}
     found, before = {}, measure("tiny")
     with tempfile.TemporaryDirectory() as folder:
-        for name, servers in runs.items():
+        for name, (servers, ahead) in runs.items():
             up = [slow_server(seconds) for _ in range(servers)]
             flags = ["--rollouts", *(server.url for server in up)] if servers else []
+            flags += ["--ahead", "1"] if ahead else []
             try:
-                real = real_run(name.replace(" ", "-"), Path(folder), steps, *flags)
+                real = real_run(f"run-{len(found)}", Path(folder), steps, *flags)
             finally:
                 for server in up:
                     server.close()
             after = measure("tiny")
-            found[name] = fmean(simulated(p, servers, seconds) for p in (before, after)), real
+            found[name] = fmean(simulated(p, servers, ahead, seconds) for p in (before, after)), real
             before = after
     return found
 
 
-def simulated(p: Pieces, servers: int, seconds: float) -> float:
+def simulated(p: Pieces, servers: int, ahead: bool, seconds: float) -> float:
     """Seconds a step of the embedded default on this machine, with so many slow servers."""
     job = Job(prompts=4, group=8, prompt=p.prompt, most_prompt=512, length=p.lengths, most=80)
     sampler = replace(p, request=seconds) if servers else p
-    return simulate(job, Fleet(sampler, p, samplers=servers, sync=p.saved)).step
+    return simulate(job, Fleet(sampler, p, samplers=servers, ahead=ahead, sync=p.saved)).step
 
 
 def check_table(found: dict[str, tuple[float, float]]) -> str:
@@ -565,7 +571,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.name:
             write_text(RESULTS / f"{args.name}.json", pieces + "\n")
     elif args.action == "check":
-        found = check(32, 0.4)
+        found = check(24, 0.4)
         write_text(RESULTS / "check.json", json.dumps(found) + "\n")
         print(check_table(found))
     elif args.machine:

@@ -26,7 +26,7 @@ import tempfile
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from unittest.mock import patch
@@ -49,6 +49,7 @@ from plumbing.download import fetch
 from plumbing.folder import find_folder, read_json
 from plumbing.model_config import ModelConfig
 from plumbing.posts import TINY
+from plumbing.teacher import load_teacher
 from rewards import NEED_MODEL
 from rollout import Group, draw, sample
 
@@ -164,13 +165,13 @@ def logprobs(model: Transformer, b: int, g: int, P: int, T: int) -> Tensor:
     return token_logprobs(model, states, torch.zeros(b * g * T, dtype=torch.long))[0]
 
 
-def learning(model: Transformer, ref_model: Transformer | None, pieces: list[tuple[int, int]], P: int, T: int) -> None:
+def learning(model: Transformer, frozen: list[Transformer], pieces: list[tuple[int, int]], P: int, T: int) -> None:
     """Forward and backward of (b, g) completions, piece after piece: the gradients of the first stay for the second."""
     for b, g in pieces:
         logp = logprobs(model, b, g, P, T)  # [b*g*T]
-        if ref_model is not None:
-            with torch.no_grad(), ref_model.adapters_off():
-                logprobs(ref_model, b, g, P, T)
+        for other in frozen:
+            with torch.no_grad(), other.adapters_off():
+                logprobs(other, b, g, P, T)
         logp.sum().backward()
 
 
@@ -255,6 +256,10 @@ def plan(c: ModelConfig, config: Config, P: int, T: int) -> Plan:
         for name in scorers:
             other = Transformer(read_only_config(name))
             holds[f"scorer {name}"] = sum(p.numel() for p in other.parameters()) * model.head.element_size()
+        frozen = [start] if config.beta else []
+        if config.teacher:
+            frozen.append(fake_model(read_only_config(config.teacher), replace(config, lora=0)).requires_grad_(False))
+            holds[f"teacher {config.teacher}"] = size(frozen[-1].parameters())
 
         before = alive.peak = alive.now
         remembered = sampling(model, B, G, P, T)
@@ -266,7 +271,7 @@ def plan(c: ModelConfig, config: Config, P: int, T: int) -> Plan:
 
         before = alive.peak = alive.now
         pieces = pieces_of(config, P, T)
-        learning(model, start if config.beta else None, pieces[:2], P, T)
+        learning(model, frozen, pieces[:2], P, T)
         b, g = pieces[0]
         return Plan(base, holds, {"copies of weights": packed, "cache": remembered, "the step itself": step},
                     {"gradients": size(trained),
@@ -286,9 +291,10 @@ def take_steps(config: Config, P: int, T: int) -> None:
     """Two real steps of a run, with the largest batch."""
     model, tokenizer = train.load_policy(config)
     ref_model, _ = train.frozen_models(config, parse_stages(config.stages), model, tokenizer)
+    teacher = load_teacher(config, model, tokenizer, train.load_with_tokenizer)
     train.make_fast_or_small(config, model, ref_model)
     optimizer = train.make_optimizer(config, model)
-    act, learn = sample, update
+    act, learn = sample, partial(update, teacher=teacher)
     if config.backend == "mlx":
         act, learn = import_module("mlx_grpo").take_over(model, optimizer, [20, 21, 22])
     for step in range(2):

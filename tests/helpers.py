@@ -27,7 +27,8 @@ few = settings(max_examples=12, deadline=None, derandomize=True, database=None,
 # The rewards that the pages explain and the tests expect numbers of: one that the project takes in gets a name here.
 # Yours need not be among them.
 OUR_REWARDS = ("length", "rouge_l", "bleu", "char_bleu", "meteor", "char_length", "copy_rate", "repetition", "twice",
-               "invented", "format", "squish", "cost", "distinct", "embedding", "judge")
+               "invented", "format", "length_binary", "length_saturating", "length_exp", "squish", "cost", "distinct",
+               "embedding", "judge")
 
 # The same of the losses, for tests that know each one's formula. The others take whatever `grpo.KINDS` holds.
 OUR_LOSSES = ("grpo", "dr_grpo", "bnpo", "dapo", "gspo", "cispo")

@@ -16,12 +16,14 @@ import task
 import train
 from config import Config
 from model import load
+from plumbing import once
+from plumbing.edits import Edit, edited
 from plumbing.folder import read_json, write_text
 from plumbing.micro_batches import micro_batches
 from plumbing.posts import TINY, load_posts
 from rewards import parse
 from studies import break_it
-from studies.break_it import GALLERY, Edit, Entry, Run, broken
+from studies.break_it import GALLERY, Entry, Run
 
 SICK = [name for name, entry in GALLERY.items() if entry.says]
 LONG = torch.tensor([[[-1.0, -2.0, -3.0], [-1.5, -2.5, 0.0]]])  # [B=1, G=2, T=3] log-probabilities
@@ -30,7 +32,7 @@ A = torch.tensor([[1.0, -1.0]])
 
 
 def by_mistake(name):
-    return broken(GALLERY[name].edits)
+    return edited(GALLERY[name].edits)
 
 
 # --- edits ------------------------------------------------------------------------------------------------------------
@@ -48,7 +50,7 @@ def test_an_edit_is_made_and_taken_back(name):
 
 def test_an_edit_of_words_that_are_gone_is_refused():
     for old in ("no such words", "ratio"):
-        with pytest.raises(ValueError, match="the story has changed"), broken([Edit(grpo.policy_loss, old, "")]):
+        with pytest.raises(ValueError, match="the story has changed"), edited([Edit(grpo.policy_loss, old, "")]):
             pass
 
 
@@ -74,7 +76,7 @@ def test_the_stop_token_alone_leaves_the_loss(monkeypatch):
     config = SimpleNamespace(temperature=1.0, loss="grpo", kl="k3", clip_low=0.2, clip_high=0.2)
     for edits in ((), GALLERY["stop token left out"].edits):
         batch, = micro_batches(groups, torch.zeros(1, 3), 1000)
-        with broken(edits):
+        with edited(edits):
             grpo.micro_batch_loss(model, None, batch, config, {"beta": 0.0})
     assert seen[0].tolist() == [mask.tolist()]
     assert seen[1].tolist() == [[[True, True, False], [True, False, False], [True, True, True]]]
@@ -159,7 +161,7 @@ def test_max_for_min_is_harmless_with_one_update():
     found = []
     for edits in ((), GALLERY["max for min"].edits):
         logp = LONG.clone().requires_grad_()
-        with broken(edits):
+        with edited(edits):
             grpo.policy_loss(logp, None, None, A, MASK)[0].backward()
         found.append(logp.grad)
     assert torch.equal(*found) and found[0].abs().sum() > 0
@@ -218,7 +220,7 @@ def test_a_bfloat16_weight_forgets_a_step_that_an_adamw_of_ours_makes_by_chance(
     for name, edits in (("ours", ()), ("torch's", GALLERY["bf16 without rounding"].edits)):
         model = torch.nn.Linear(200, 200, bias=False).bfloat16()
         torch.nn.init.constant_(model.weight, 0.1)
-        with broken(edits):
+        with edited(edits):
             optimizer = train.make_optimizer(Config(lean=True, lr=1e-6), model)
         before, model.weight.grad = model.weight.detach().clone(), torch.ones(200, 200).bfloat16()
         optimizer.step()
@@ -326,7 +328,7 @@ def test_it_trains_for_real_and_not_twice(results, tmp_path, monkeypatch, capsys
     few = ("--stages", "length:2", "--prompts", "2", "--group", "2", "--eval-posts", "2")
     monkeypatch.setattr(break_it, "GALLERY", {
         "healthy": Entry(few), "zero": GALLERY["gradient of zero"]._replace(flags=few, look="grad_norm")})
-    monkeypatch.setattr(break_it.subprocess, "run", in_this_process)
+    monkeypatch.setattr(once.subprocess, "run", in_this_process)
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "break-it.md").write_text("## The numbers\n\n", encoding="utf-8")
     command = ["run", "--seeds", "1", "--jobs", "1"]
@@ -335,7 +337,7 @@ def test_it_trains_for_real_and_not_twice(results, tmp_path, monkeypatch, capsys
     assert sick["curves"]["grad_norm"] == [0.0, 0.0] and sick["moved"] == 0 and len(sick["val"]) == 2
     assert healthy["moved"] > 0.9 and all(norm > 0 for norm in healthy["curves"]["grad_norm"])
     assert "lengths" not in sick["val"][0] and not re.search("summary|document", str(sick["val"]))
-    monkeypatch.setattr(break_it.subprocess, "run", None)
+    monkeypatch.setattr(once.subprocess, "run", None)
     assert break_it.main(command) == 0  # no run is begun again
 
 
@@ -349,11 +351,11 @@ def test_a_run_that_explodes_is_a_result_and_one_that_was_stopped_is_not(results
         return run
 
     row = break_it.json.dumps({"step": 1, "stage": 1, **dict.fromkeys(break_it.CURVES, math.pi)}) + "\n"
-    monkeypatch.setattr(break_it.subprocess, "run", dies("train.py: The gradient's norm is nan in step 3, before the "
+    monkeypatch.setattr(once.subprocess, "run", dies("train.py: The gradient's norm is nan in step 3, before the "
                                                          "first checkpoint: start again with a lower --lr."))
     kept = break_it.do(Run("healthy", 0), 1)
     assert kept["ended"] == "The gradient's norm is nan in step 3" and kept["curves"]["kl"] == [3.142]
-    monkeypatch.setattr(break_it.subprocess, "run", dies("Killed"))
+    monkeypatch.setattr(once.subprocess, "run", dies("Killed"))
     with pytest.raises(RuntimeError, match="did not reach its end: Killed"):
         break_it.do(Run("healthy", 0), 1)
 

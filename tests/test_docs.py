@@ -33,9 +33,10 @@ MADE = {"config.json", "metrics.jsonl", "eval.jsonl", "samples.jsonl", "groups.j
 FOREIGN = ("pip", "vllm", "uv", "apt", "git", "ruff", "bash", "brew", "cd", "export")
 PROGRAMS = {"train.py": "train", "eval.py": "eval", "studies.rollouts_check": "studies.rollouts_check",
             "studies.fleet": "studies.fleet",
-            "studies.rewards_grid": "studies.rewards_grid",
+            "studies.rewards_grid": "studies.rewards_grid", "studies.distill": "studies.distill",
             "studies.squish_benchmark": "studies.squish_benchmark", "studies.judge_check": "studies.judge_check",
             "studies.be_the_policy": "studies.be_the_policy", "studies.break_it": "studies.break_it",
+            "studies.lengths": "studies.lengths",
             "studies.rebuild": "studies.rebuild", "studies.figures": "studies.figures",
             "studies.hundred_lines": "", "tiny/make.py": "", "studies.speed": "", "studies.mac": "", "studies.plan": "",
             "studies.speed_mlx": "", "tests/test_tour.py": "",
@@ -288,11 +289,12 @@ def test_the_marked_places_of_fork_it_are_marked():
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory) -> dict[str, set[str]]:
-    """{file: the names of all numbers in it} of two runs of one step: one with a wanted length, one with budgets."""
+    """{file: the names of all numbers in it} of two runs of one step: with a wanted length; with budgets, taught."""
     folder = tmp_path_factory.mktemp("runs")
     few = ["--prompts", "2", "--group", "2", "--eval-posts", "2"]
     for name, own in (("length", ["--stages", "rouge_l+length:1"]),
-                      ("squish", ["--stages", "squish:1", "--lora", "2", "--max-new-tokens", "60"])):
+                      ("squish", ["--stages", "squish:1", "--lora", "2", "--max-new-tokens", "60", "--teacher",
+                                  "tiny"])):
         subprocess.run([sys.executable, ROOT / "train.py", *few, *own, "--run", name], cwd=folder, check=True,
                        capture_output=True, timeout=300)
     found: dict[str, set[str]] = {}

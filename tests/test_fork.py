@@ -303,7 +303,7 @@ def test_olmo2_has_the_logits_of_transformers(tree, tmp_path):
     tokens = torch.randint(0, 40, (3, 20))  # [N, T]
     with inside(tree(FAMILY)), torch.no_grad():
         fork = importlib.import_module("model")
-        mine, _ = fork.load(tmp_path)
+        mine, _ = fork.load(tmp_path, "cpu")
         want = theirs(tokens).logits  # [N, T, V]
         assert want.std() > 0.3
         torch.testing.assert_close(mine(tokens), want, rtol=0, atol=1e-5)
@@ -319,7 +319,7 @@ def test_mlx_refuses_a_family_that_is_not_written_there(tree, tmp_path):
     with inside(tree(FAMILY)):
         mlx_model, windows, fork = map(importlib.import_module, ("mlx_model", "plumbing.mlx_windows", "model"))
         said = refusal(ValueError, mlx_model.load, tmp_path)
-        assert said == refusal(ValueError, windows.from_torch, fork.load(tmp_path)[0], mlx_model.Transformer)
+        assert said == refusal(ValueError, windows.from_torch, fork.load(tmp_path, "cpu")[0], mlx_model.Transformer)
     assert "olmo2" in said and "--backend torch" in said
 
 

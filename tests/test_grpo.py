@@ -523,6 +523,7 @@ def trl_loss(x):
     kind, (B, G, T) = x["kind"], x["logp"].shape
     rows = {name: x[name] if x[name] is None else x[name].reshape(B * G, T)
             for name in ("logp", "old_logp", "ref_logp", "mask")}
+    weighted = x.get("weights") is not None
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (rows["logp"], torch.zeros(B * G, T), None),
         loss_type="grpo" if kind == "gspo" else kind, beta=x["beta"], epsilon_low=x["clip_low"],
@@ -532,14 +533,16 @@ def trl_loss(x):
                              sapo_temperature_pos=1.0, sapo_temperature_neg=1.05),
         accelerator=SimpleNamespace(num_processes=1, gather=lambda t: t, reduce=lambda t, reduction: t),
         model=SimpleNamespace(training=True), current_gradient_accumulation_steps=1, aux_loss_enabled=False,
-        top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False, _entropy_bonus_enabled=False,
+        top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=weighted, _entropy_bonus_enabled=False,
+        vllm_importance_sampling_correction=True,
         _metrics={"train": defaultdict(list)})
     ids = torch.zeros(B * G, 1, dtype=torch.long)
     value = trl.GRPOTrainer._compute_loss(trainer, None, {
         "prompt_ids": ids, "prompt_mask": ids + 1, "completion_ids": ids.expand(-1, T),
         "completion_mask": rows["mask"].long(), "advantages": x["advantages"].flatten(),
         "old_per_token_logps": rows["old_logp"], "ref_per_token_logps": rows["ref_logp"],
-        "num_items_in_batch": rows["mask"].sum()})
+        "num_items_in_batch": rows["mask"].sum(),
+        "importance_sampling_ratio": x["weights"].reshape(B * G, T) if weighted else None})
     return value.detach(), torch.autograd.grad(value, x["logp"])[0], trainer._metrics["train"]
 
 
@@ -565,6 +568,21 @@ def test_every_loss_is_trls(kind, stale, beta, kl):
         assert seen["clip_frac"].item() == pytest.approx(metrics["clip_ratio/region_mean"][0])
     if beta and kl == "k3":  # what is logged is k3 even where the loss holds its product with the ratio
         assert seen["kl"].item() == pytest.approx(metrics["kl"][0])
+
+
+@pytest.mark.parametrize("beta, kl", [(0.0, "k3"), (0.3, "k3_ratio")])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_weights_count_as_in_trl(kind, beta, kl):
+    """Each token's policy term is multiplied, and the KL is not. What stands on padding does not matter."""
+    x = ragged_batch(kind, beta=beta, kl=kl) | {"weights": torch.rand(2, 3, 5, dtype=torch.float64) * 2}
+    want, want_gradient, _ = trl_loss(x)
+    x["weights"] = x["weights"].masked_fill(~x["mask"], torch.nan)
+    loss, gradient, _ = loss_and_gradient(x)
+    close(loss, want)
+    close(gradient, want_gradient)
+    plain, plain_gradient, _ = loss_and_gradient(x | {"weights": None})
+    ones, ones_gradient, _ = loss_and_gradient(x | {"weights": torch.ones(2, 3, 5, dtype=torch.float64)})
+    assert plain != loss and ones == plain and (ones_gradient == plain_gradient).all()
 
 
 # ----------------------------------------------------------------------------------- what the loss must not depend on

@@ -452,11 +452,11 @@ def c4(server):
         card += [f"  - {{split: {split}, path: {config}/c4-{split}.*.json.gz}}" for split in ("train", "validation")]
     files = [server.articles[:500], server.articles[500:], *[server.articles[:1]] * 28]
     server.datasets["allenai/c4"] = {
-        "README.md": "\n".join([*card, "---", ""]).encode(), **{FILE.format(i): gzip.compress(lines(rows))
+        "README.md": "\n".join([*card, "---", ""]).encode(), **{FILE.format(i): gzip.compress(lines(rows), mtime=0)
                                                                 for i, rows in enumerate(files)},
-        **{f"en/c4-{split}.00000-of-00001.json.gz": gzip.compress(lines(server.articles[:2]))
+        **{f"en/c4-{split}.00000-of-00001.json.gz": gzip.compress(lines(server.articles[:2]), mtime=0)
            for split in ("train", "validation")},
-        "realnewslike/c4-validation.00000-of-00001.json.gz": gzip.compress(lines(server.articles[:20]))}
+        "realnewslike/c4-validation.00000-of-00001.json.gz": gzip.compress(lines(server.articles[:20]), mtime=0)}
     return server
 
 
@@ -506,7 +506,7 @@ def write(path, rows=ROWS):
     else:
         content = {"parquet": parquet, "jsonl": lines, "json": lambda rows: json.dumps(rows, indent=1).encode(),
                    "lines.json": lines}[form](rows)
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
     return path
 
 
@@ -542,7 +542,7 @@ def test_a_folder_may_hold_its_splits_in_any_form(ending, tmp_path):
 @pytest.mark.parametrize("name, content", [
     ("a.csv", b"document,summary\na,b\nc,d,e,f\n"), ("a.csv", b""), ("a.csv", b"document\n\xe4\n"),
     ("a.parquet", parquet(ROWS)[:-9]), ("a.json", b'[{"document": "a"'), ("a.json", b""), ("a.json", b"[]"),
-    ("a.json", b'{"document": "\\ud83d"}\n'), ("a.json.gz", gzip.compress(lines(ROWS))[:-9]),
+    ("a.json", b'{"document": "\\ud83d"}\n'), ("a.json.gz", gzip.compress(lines(ROWS), mtime=0)[:-9]),
     ("a.json", b'{"data": [{"document": "a"}]}'), ("a.csv", b"title,id\nx,1\n"), ("a.csv", b"document\nd\n\"\"\n"),
 ], ids=str)
 def test_a_file_that_is_not_what_it_is_called(name, content, tmp_path):

@@ -126,7 +126,7 @@ def holds(path: str, text: str):
     (lambda: rate(chosen=pairs(seed=1)), "--seed"), (holds("ratings.csv", "a,b\n1,2\n"), "cannot be"),
     (holds("ratings.csv", "sheet,pair,preference\n"), "fewer than three"),
     (lambda: rate(prefer=lambda *_: 3), "preference 3"), (holds("B.jsonl", "{}\n"), "eval.py wrote"),
-    (lambda: shutil.copy("A.jsonl", "B.jsonl"), "no two different"), (lambda: None, "ratings.csv")], ids=str)
+    (lambda: shutil.copy("A.jsonl", "B.jsonl"), "no two different"), (lambda: None, "ratings.csv")])
 def test_what_does_not_fit_together_is_a_sentence(capsys, break_it, says):
     break_it()
     assert run("--ratings", "ratings.csv") == 1

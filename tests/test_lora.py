@@ -115,7 +115,7 @@ def test_merging_gives_a_plain_model_with_the_same_logits():
 def test_a_saved_model_has_its_adapters_in_its_weights(tmp_path):
     from helpers import raw_config
     model, x = adapted(), tokens(2, 7)
-    loaded, _ = load(folder_of(tmp_path, model, raw_config()))
+    loaded, _ = load(folder_of(tmp_path, model, raw_config()), "cpu")
     assert_same(loaded(x), model(x), 1e-5)
     assert len(adapters_of(model)) == 2 * 3 * 2  # which it keeps
 
@@ -190,12 +190,12 @@ def by_peft(tmp_path, **more):
     ids=lambda more: str(next(iter(more.items()))))
 def test_plain_lora_of_any_beginning_and_on_some_layers_computes_what_peft_computes(tmp_path, more):
     base, adapters, want = by_peft(tmp_path, **more)
-    model, _ = load(base)
+    model, _ = load(base, "cpu")
     load_adapters(model, adapters)
     assert_same(model(tokens(2, 7)).detach(), want, 1e-4)
     # Written again, they are the same adapters: PEFT would give those of left-out layers to nobody.
     save_adapters(model, tmp_path / "again", base)
-    again, _ = load(base)
+    again, _ = load(base, "cpu")
     load_adapters(again, tmp_path / "again")
     assert torch.equal(again(tokens(2, 7)), model(tokens(2, 7)))
     from peft import PeftModel
@@ -211,7 +211,7 @@ def test_plain_lora_of_any_beginning_and_on_some_layers_computes_what_peft_compu
 def test_adapters_of_another_base_or_on_some_tokens_only_are_refused_by_name(tmp_path, more, name):
     """PiSSA and OLoRA take the first product away from the base. On the plain base the logits would be wrong."""
     base, adapters, _ = by_peft(tmp_path, **more)
-    model, _ = load(base)
+    model, _ = load(base, "cpu")
     assert name in refusal(ValueError, load_adapters, model, adapters)
 
 
@@ -266,7 +266,7 @@ def test_what_is_saved_over_bfloat16_weights_is_what_was_learnt(tmp_path):
         if m.lora_A is not None:
             m.lora_B.data.normal_(0, 1e-4, generator=generator)
             learnt[f"{name}.weight"] = 2.0 * m.lora_B.data @ m.lora_A.data
-    stored, _ = load(folder_of(tmp_path, model, raw_config(torch_dtype="bfloat16")))
+    stored, _ = load(folder_of(tmp_path, model, raw_config(torch_dtype="bfloat16")), "cpu")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
     assert theirs.dtype == torch.float32
     for of in (file_parameters(stored), dict(theirs.model.named_parameters())):

@@ -20,13 +20,14 @@ from lora import add_lora
 from model import load
 from plumbing import memory
 from plumbing.posts import load_posts
-from train import rehearse_largest_step
+from plumbing.rehearsal import rehearse_largest_step
 
 ROOT = Path(__file__).resolve().parents[1]
 PRELUDE = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch; from plumbing import memory; "
            "n = int(sys.argv.pop(1)); memory.available = lambda: n; ")
 TRAIN = PRELUDE + "import train; sys.exit(train.main(sys.argv[1:]))"
-LARGE = ("--prompts", "8", "--group", "64", "--max-new-tokens", "60", "--stages", "length:1", "--eval-posts", "2")
+LARGE = ("--prompts", "8", "--group", "64", "--max-new-tokens", "60", "--stages", "length:1", "--eval-posts", "2",
+         "--device", "cpu")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such limits, and glibc's heap")
 
 
@@ -80,8 +81,10 @@ def test_where_the_system_knows_no_such_limit_none_is_set(system, monkeypatch):
 
 
 @linux
-def test_taking_too_much_is_an_exception():
-    code = PRELUDE + ("memory.cap_memory('cpu'); kept = torch.ones(50 << 18)\n"  # 50 of 100 MiB
+@pytest.mark.parametrize("threads", [1, 16])  # 16 stacks are 128 MiB, which a first large tensor would not find
+def test_taking_too_much_is_an_exception(threads):
+    code = PRELUDE + (f"torch.set_num_threads({threads}); "
+                      "memory.cap_memory('cpu'); kept = torch.ones(50 << 18)\n"  # 50 of 100 MiB
                       "try: torch.ones(100 << 18)\nexcept RuntimeError as e: print(memory.is_full(e))")
     assert python(code, 100 << 20).stdout == "True\n"
     assert python(code.replace("'cpu'", "'cuda'"), 100 << 20).stdout == ""  # a GPU's driver reserves what it likes
@@ -261,7 +264,7 @@ def test_a_rehearsal_leaves_no_trace(lora):
     before = {name: p.clone() for name, p in model.named_parameters()}
     ref_model = model if lora else tiny_model("qwen2").requires_grad_(False)
     state = torch.get_rng_state()
-    rehearse_largest_step(model, ref_model, [[1, 2], [3]], config(), free=0)
+    rehearse_largest_step(model, ref_model, [[1, 2], [3]], config(), free=0, grpo=grpo)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -272,14 +275,14 @@ def full(*_, **__):
 
 @pytest.mark.parametrize("fails, says", [
     ("torch.ones_like", "two moments and the gradient.*--lean"),
-    ("train.pad", "Sampling after 2 prompts of up to 3 tokens.*--max-prompt"),
+    ("grpo.pad", "Sampling after 2 prompts of up to 3 tokens.*--max-prompt"),
     ("grpo.group_logprobs", "Not even one completion, 3 \\+ 6 tokens.*--checkpointing"),
 ])
 def test_each_part_that_does_not_fit_is_named(fails, says, monkeypatch):
     model = tiny_model("qwen2")
     monkeypatch.setattr(fails, full)
     with pytest.raises(memory.Full, match=says):
-        rehearse_largest_step(model, None, [[1, 2, 3], [4]], config(), free=0)
+        rehearse_largest_step(model, None, [[1, 2, 3], [4]], config(), free=0, grpo=grpo)
 
 
 def test_the_longest_micro_batch_comes_first_and_is_halved(monkeypatch):
@@ -292,7 +295,7 @@ def test_the_longest_micro_batch_comes_first_and_is_halved(monkeypatch):
 
     monkeypatch.setattr(grpo, "group_logprobs", small)
     with pytest.raises(memory.Full, match="--micro-tokens 13 does, and --checkpointing"):
-        rehearse_largest_step(tiny_model("qwen2"), None, [[4], [1, 2, 3]], config(micro_tokens=54), free=0)
+        rehearse_largest_step(tiny_model("qwen2"), None, [[4], [1, 2, 3]], config(micro_tokens=54), free=0, grpo=grpo)
     assert seen == [([3, 1], 4), ([3], 4), ([3], 1)]  # tried: 54, 27, 13; one row has 9
 
 
@@ -302,7 +305,7 @@ def test_another_error_is_not_taken_for_a_full_memory(monkeypatch):
 
     monkeypatch.setattr(grpo, "group_logprobs", broken)
     with pytest.raises(RuntimeError, match="multiplied"):
-        rehearse_largest_step(tiny_model("qwen2"), None, [[1, 2, 3]], config(), free=0)
+        rehearse_largest_step(tiny_model("qwen2"), None, [[1, 2, 3]], config(), free=0, grpo=grpo)
 
 
 def test_the_ref_model_is_rehearsed_too_and_a_fifth_is_kept_aside(monkeypatch):
@@ -311,7 +314,7 @@ def test_the_ref_model_is_rehearsed_too_and_a_fifth_is_kept_aside(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *size, **more: seen.append(size) or empty(*size, **more))
     policy, ref_model = tiny_model("qwen2"), tiny_model("qwen2").requires_grad_(False)
     seen.clear()
-    rehearse_largest_step(policy, ref_model, [[1, 2, 3]], config(), free=1000)
+    rehearse_largest_step(policy, ref_model, [[1, 2, 3]], config(), free=1000, grpo=grpo)
     assert seen == [(200,), ref_model, policy]
 
 

@@ -110,7 +110,7 @@ def test_the_logits_never_exist_whole():
     assert mx.get_peak_memory() - before < M * V * 4 / 4
 
 
-def losses_agree(seed, kind, kl, *, old, beta, constant=None):
+def losses_agree(seed, kind, kl, *, old, beta, constant=None, by_token=False):
     generator = torch.Generator().manual_seed(seed)
     B, G, T = 2, 3, 5
 
@@ -122,7 +122,7 @@ def losses_agree(seed, kind, kl, *, old, beta, constant=None):
     logp = (draw(B, G, T) - 3).masked_fill(~mask, torch.nan).requires_grad_()  # [B, G, T]: padding may hold anything
     old_logp = logp.detach() + 0.4 * draw(B, G, T) if old else None  # ratios inside the band and outside
     ref_logp = logp.detach() + draw(B, G, T)  # [B, G, T]
-    A = draw(B, G)  # [B, G]
+    A = draw(B, G, T).masked_fill(~mask, torch.nan) if by_token else draw(B, G)  # [B, G, T] or [B, G]
     settings = {"clip_low": 0.2, "clip_high": 0.28, "beta": beta, "kl": kl, "max_length": constant}
     loss, metrics = grpo.policy_loss(logp, old_logp, ref_logp, A, mask, kind, **settings)
     wanted, = torch.autograd.grad(loss, logp)
@@ -144,6 +144,8 @@ def test_every_loss_and_its_gradient_are_those_of_torch(kind):
     for kl, old, beta in itertools.product(grpo.KLS, (False, True), (0.0, 0.3)):
         losses_agree(1, kind, kl, old=old, beta=beta)
     losses_agree(2, kind, "k3", old=True, beta=0.1, constant=40)
+    for old in (False, True):
+        losses_agree(3, kind, "k3_ratio", old=old, beta=0.1, by_token=True)
 
 
 @few

@@ -1,5 +1,6 @@
 """studies/plan.py: what a run takes in memory, counted without taking it."""
 
+import json
 import re
 import shutil
 
@@ -103,3 +104,15 @@ def test_a_mistake_is_a_sentence(capsys):
     assert study.main(["--memory", "16", "--group", "1"]) == 1
     said = capsys.readouterr().err
     assert "There is no folder nowhere" in said and "at least 2" in said
+
+
+def test_a_teacher_is_counted(tmp_path):
+    """Its weights are held all the time, in the run's precision, and without adapters. While it is asked, no layer's
+    activations stay: the step takes hardly more."""
+    (tmp_path / "config.json").write_text(json.dumps(RAW), encoding="utf-8")
+    name = str(tmp_path)
+    for flags, size in (((), 4), (("--lean",), 2), (("--lora", "2"), 4)):
+        without, taught = planned(*flags), planned(*flags, "--teacher", name)
+        assert taught.holds == without.holds | {f"teacher {name}": size * WEIGHTS}
+        assert sum(taught.learning.values()) <= 1.1 * sum(without.learning.values())
+    assert planned("--beta", "0", "--teacher", name).holds["reference model"] == 0

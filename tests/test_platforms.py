@@ -72,8 +72,8 @@ def python(code: str, *args: str, cwd: Path, first: str = TAKEN_AWAY) -> str:
                          ids=["float32", "bfloat16", "squish"])
 def test_the_default_learns_for_two_steps(flags, tmp_path):
     stages = [] if "--stages" in flags else ["--stages", "length:1", "rouge_l+length:1"]
-    out = python("import train; sys.exit(train.main(sys.argv[1:]))", "--run", "r", "--eval-posts", "2", *stages, *flags,
-                 cwd=tmp_path)
+    flags = ["--run", "r", "--eval-posts", "2", "--device", "cpu", *stages, *flags]
+    out = python("import train; sys.exit(train.main(sys.argv[1:]))", *flags, cwd=tmp_path)
     assert "Done in" in out
     rows = [json.loads(line) for line in (tmp_path / "runs/r/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 2 and rows[1]["grad_norm"] > 0

@@ -86,6 +86,33 @@ def test_length_penalty_refuses_a_target_that_would_turn_it_into_a_prize(target)
         length_penalty(10, target)
 
 
+# At the target, at the edge of its tenth and beyond, far away; and of a blank text, which has 0 tokens whatever it has.
+FORMS = {"length": [0, -0.05, -0.1, -0.125, -0.5, -1, -2, -1],
+         "length_binary": [1, 1, 1, 0, 0, 0, 0, 0],
+         "length_saturating": [0, 0, 0, -0.025, -0.4, -0.9, -1.9, -0.9],
+         "length_exp": [1, 2 ** -0.5, 2 ** -1, 2 ** -1.25, 2 ** -5, 2 ** -10, 2 ** -20, 2 ** -10]}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_four_lengths_by_hand(name):
+    _, parts = parse(name)([*"abcdefg", " \n"], [40, 38, 36, 35, 20, 80, 120, 40], "", 40)
+    assert parts[name] == pytest.approx(FORMS[name], abs=1e-12)
+
+
+@search
+@given(st.integers(1, 500), st.lists(st.integers(0, 1200), min_size=2, max_size=2))
+def test_each_length_is_best_at_the_target_and_never_rises_with_the_distance(target, sizes):
+    near, far = sorted(sizes, key=lambda n: abs(n - target))
+    for name in FORMS:
+        _, parts = parse(name)(["x"] * 5, [target, near, far, target + 3, max(0, target - 3)], "", target)
+        best, at_near, at_far, above, below = parts[name]
+        assert best >= at_near >= at_far and best == (name in ("length_binary", "length_exp"))
+        assert above == below or target < 3  # too long is as bad as too short
+    _, parts = parse("length_binary + length_saturating")(["x"], [near], "", target)
+    tenth = task.within([near], [target])["within_10pct"]  # the share that evaluations and curves show
+    assert parts == {"length_binary": [tenth], "length_saturating": [min(0, 0.1 - abs(near - target) / target)]}
+
+
 # ------------------------------------------------------------------------------------------------------------- ROUGE-L
 
 
@@ -740,7 +767,8 @@ def test_a_name_is_what_it_says_and_needs_what_it_says(name, monkeypatch):
     if name in ("twice", "invented"):
         text, document = "B Rye. Tom 7. B Rye.", "tom"
     expected = {
-        "length": -(8 - 6) / 8, "char_length": -(11 - 8) / 8, "embedding": (2 * 3 + 2 * 1 + 2 * 1) / 12,
+        "length": -(8 - 6) / 8, "length_binary": 0.0, "length_saturating": -0.25 + 0.1, "length_exp": 2 ** -2.5,
+        "char_length": -(11 - 8) / 8, "embedding": (2 * 3 + 2 * 1 + 2 * 1) / 12,
         "rouge_l": rouge_l(text, reference), "bleu": bleu(text, reference),
         "char_bleu": bleu(" ".join(text), " ".join(reference)), "meteor": meteor(text, reference),
         "copy_rate": 3 / 4, "repetition": 1 / 4, "distinct": (4 * 1 / 2 + 1) / 5, "format": 0.0,

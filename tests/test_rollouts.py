@@ -50,7 +50,7 @@ def run(tmp_path, servers, capsys, monkeypatch):
     run = SimpleNamespace(seed=0, servers=servers, folder=tmp_path)
 
     def begin(lora=0, temperature=1.0, urls=None):
-        run.model, run.tokenizer = load(TINY)
+        run.model, run.tokenizer = load(TINY, "cpu")
         if lora:
             add_lora(run.model, lora, 2.0 * lora, seed=0)
         run.config = Config(lora=lora, temperature=temperature, max_new_tokens=T,
@@ -389,7 +389,7 @@ def test_together_hands_on_what_is_no_refusal():
 
 def test_weights_that_were_not_written_whole_are_not_sent(tmp_path):
     """A server that reloads them answers 500, looks healthy, and dies of the next request."""
-    save(*load(TINY), tmp_path)
+    save(*load(TINY, "cpu"), tmp_path)
     file = tmp_path / "model.safetensors"
     rollouts_module.check_whole(file)
     file.write_bytes(file.read_bytes()[:-1])
@@ -398,7 +398,7 @@ def test_weights_that_were_not_written_whole_are_not_sent(tmp_path):
 
 def test_the_study_s_model_with_a_head_of_its_own_is_the_embedded_one(tmp_path):
     assert doctest.testmod(rollouts_check).failed == 0
-    (model, _), (tied, _) = load(rollouts_check.untied(tmp_path / "m")), load(TINY)
+    (model, _), (tied, _) = load(rollouts_check.untied(tmp_path / "m"), "cpu"), load(TINY, "cpu")
     assert model.lm_head is not None and not model.config.tie_word_embeddings
     tokens = torch.tensor([PROMPTS[2]])  # [1, P]
     assert torch.equal(model(tokens), tied(tokens))

@@ -45,10 +45,10 @@ def test_no_old_shard_stays_beside_the_new_file(tmp_path, name):
         save_file({key: weights[key] for key in weights if shard_of[key] == shard}, folder / shard, {"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shard_of}), encoding="utf-8")
     (tmp_path / "mine.safetensors").write_bytes(b"x")  # which nobody calls a shard
-    model, tokenizer = load(folder)
+    model, tokenizer = load(folder, "cpu")
     save(model, tokenizer, folder)
     assert sorted(f.name for f in folder.glob("*.safetensors*")) == ["mine.safetensors", "model.safetensors"]
-    assert torch.equal(load(folder)[0](tokens(1, 5)), tiny_model()(tokens(1, 5)))
+    assert torch.equal(load(folder, "cpu")[0](tokens(1, 5)), tiny_model()(tokens(1, 5)))
 
 
 @pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": null}', '{"weight_map": {"a": 1}}',
@@ -73,7 +73,7 @@ def test_merges_keep_their_form(tmp_path, as_text):
     form = [" ".join(pair) if as_text else pair for pair in raw["model"]["merges"]]
     raw["model"]["merges"] = form
     (folder / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
-    model, tokenizer = load(folder)
+    model, tokenizer = load(folder, "cpu")
     save(model, tokenizer, tmp_path / "after")
     after = read_json(tmp_path / "after" / "tokenizer.json")
     assert after == raw
@@ -85,7 +85,7 @@ def test_a_word_with_a_blank_in_it_can_only_be_written_as_a_pair(tmp_path):
     folder = written(tmp_path)
     edit_json(folder / "tokenizer.json", model={"type": "BPE", "vocab": {"a": 0, " ": 1, "a ": 2, "b": 3, "ab": 4},
                                                 "merges": ["a b"]})
-    model, _ = load(folder)
+    model, _ = load(folder, "cpu")
     edit_json(folder / "tokenizer.json", model={"type": "BPE", "vocab": {"a": 0, " ": 1, "a ": 2},
                                                 "merges": [["a", " "]]})
     other = Tokenizer.from_file(str(folder / "tokenizer.json"))

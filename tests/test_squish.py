@@ -272,7 +272,7 @@ def test_any_group_gets_finite_values_that_belong_to_the_texts(summaries, budget
 
 
 def test_an_ensemble_is_the_mean_of_its_models_each_with_its_own_tokens(tokenizer):
-    tiny = load(TINY)
+    tiny = load(TINY, "cpu")
     references = [(reference(), tokenizer), (reference("llama", seed=3), tokenizer), tiny]
     singles = [squish(*r, DOCUMENT, [SUMMARY, None, "x"], 0.5) for r in references]
     assert ensemble(references, DOCUMENT, [SUMMARY, None, "x"], 0.5) == pytest.approx(
@@ -291,7 +291,7 @@ def test_what_a_summary_costs_itself(tokenizer):
 def test_the_embedded_model_finds_its_own_summaries_informative():
     """On three of its posts: the reference summary saves bits, another post's costs some, and copying the document's
     first words saves something."""
-    model, tokenizer = load(TINY)
+    model, tokenizer = load(TINY, "cpu")
     from task import load_posts
     posts = load_posts("tiny", "val")[:4]
     for post, other in zip(posts, posts[1:]):
@@ -326,7 +326,7 @@ def test_tags_that_thoughts_name_are_no_summary(text, summary):
 def test_tags_that_thoughts_name_do_not_end_a_completion(monkeypatch):
     """The sampler, made to say a text by heart: it stops where the answer closes its tag, and not where
     thoughts or a sentence only name the two."""
-    model, tokenizer = load(TINY)
+    model, tokenizer = load(TINY, "cpu")
     for text in (f"<think>{NAMED}</think> <summary>A cat.</summary>", f"{NAMED} <summary>A cat.</summary>"):
         ids = encode(tokenizer, text + " And so on.").ids
         said = iter(ids)
@@ -413,7 +413,7 @@ def _spelt_at(tokenizer, rows, t):
 
 def test_a_stop_text_changes_no_token_before_it():
     """The same random completions with and without one; those that come to it are cut right there."""
-    model, tokenizer = load(TINY)
+    model, tokenizer = load(TINY, "cpu")
     from task import load_posts
     posts = load_posts("tiny", "val")[:3]
     prompts = [tokenize(tokenizer, post, "tagged", 60) for post in posts]

@@ -65,12 +65,12 @@ def test_a_run_logs_what_became_of_the_summaries_and_leaves_adapters(whole):
             for b in (0.1, 0.2)} <= evals[0].keys()
     assert (evals[0]["step"], evals[-1]["step"], evals[0]["n"]) == (0, 6, 3)
     # The base was frozen: the adapters on top of it are the merged model.
-    merged, _ = load(whole / "model")
-    model, _ = load(TINY)
+    merged, _ = load(whole / "model", "cpu")
+    model, _ = load(TINY, "cpu")
     load_adapters(model, whole / "adapter")
     x = torch.arange(12)[None] + 300
     torch.testing.assert_close(model(x), merged(x), rtol=0, atol=1e-4)
-    base, _ = load(TINY)
+    base, _ = load(TINY, "cpu")
     with model.adapters_off():
         assert torch.equal(model(x), base(x))
     assert (model(x) - base(x)).abs().max() > 1e-3
@@ -108,7 +108,7 @@ def config(**more) -> train.Config:
 
 def scored(config, seed=0):
     """Groups of the embedded model, scored; (groups, tasks, the line of the log, scorers)."""
-    model, tokenizer = load(TINY)
+    model, tokenizer = load(TINY, "cpu")
     posts = load_posts("tiny", "val")[:8]
     tasks = tasks_of(posts, 1, config, tokenizer)
     groups = sample(model, [task.prompt for task in tasks], config.group, 60, seed=seed, tokenizer=tokenizer,
@@ -143,7 +143,7 @@ def test_squish_beside_a_length_without_budget_and_tag(cwd):
     assert {"reward/squish", "reward/length", "within_2"} <= row.keys() and not {"over", "missing"} & row.keys()
     assert before["reward"] == pytest.approx(before["reward/length"] + 2 * before["reward/squish"])
     assert not [name for name in before if "@" in name] and before["within_10pct"] <= 1
-    model, tokenizer = load(TINY)
+    model, tokenizer = load(TINY, "cpu")
     kept, = [s for s in lines(Path("runs/plain/samples.jsonl")) if s["stage"] == 0][:1]
     expected, = squish(model, tokenizer, kept["document"], [kept["summary"]], budget=None)
     assert kept["reward/squish"] == pytest.approx(expected, abs=1e-6)
@@ -162,7 +162,7 @@ def test_cost_and_penalty_reach_the_reward():
 
 
 def test_budgets_are_drawn_for_each_document_and_the_prompt_says_them():
-    model, tokenizer = load(TINY)
+    model, tokenizer = load(TINY, "cpu")
     posts, c = load_posts("tiny", "val")[:40], config(prompts=4)
     tasks = [task for step in range(30) for task in tasks_of(posts, step, c, tokenizer)]
     assert {task.budget for task in tasks} == {0.1, 0.4, 60}
@@ -185,7 +185,7 @@ def test_budgets_are_drawn_for_each_document_and_the_prompt_says_them():
 
 
 def test_the_reference_model_is_the_policy_s_own_start_and_scorers_may_be_others():
-    model, tokenizer = load(TINY)
+    model, tokenizer = load(TINY, "cpu")
 
     def frozen(**more):
         return train.frozen_models(c := config(**more), train.parse_stages(c.stages), model, tokenizer)
@@ -206,7 +206,7 @@ def test_the_reference_model_is_the_policy_s_own_start_and_scorers_may_be_others
 def test_a_stage_s_reference_has_the_adapters_inside(tmp_path):
     """--stage-ref previous under LoRA: switching the policy's adapters off must not touch the reference."""
     from lora import add_lora
-    model, _ = load(TINY)
+    model, _ = load(TINY, "cpu")
     add_lora(model, 2, 4.0)
     with torch.no_grad():
         for m in model.modules():
@@ -226,7 +226,7 @@ def test_a_stage_s_reference_has_the_adapters_inside(tmp_path):
 
 
 def test_the_evaluation_counts_missing_and_over_budget_summaries_as_nothing():
-    model, tokenizer = load(TINY)
+    model, tokenizer = load(TINY, "cpu")
     posts = load_posts("tiny", "val")[:6]
     c = config(budgets="0.1,0.3,1.0", max_new_tokens=40)
     r = evaluation.evaluate(model, tokenizer, posts, c, [(model, tokenizer)])
@@ -245,7 +245,7 @@ def test_the_evaluation_counts_missing_and_over_budget_summaries_as_nothing():
 
 
 def test_a_closed_tag_with_nothing_before_it_is_a_missing_summary(monkeypatch):
-    model, tokenizer = load(TINY)
+    model, tokenizer = load(TINY, "cpu")
     posts = load_posts("tiny", "val")[:4]
     texts = [" \n</summary>", "A cat.", posts[2].document[:30] + "</summary>", posts[3].document + "</summary>"]
     monkeypatch.setattr(evaluation, "complete", lambda *_, **__: [
@@ -363,7 +363,7 @@ def test_models_servers_and_baselines_stand_in_one_table(server, cwd, capsys):
     server.answer = lambda body, n: (200, {}, first_words(body))
     rows = {r["model"]: r for r in bench("--models", "tiny", server.url)}
     assert list(rows) == ["tiny", server.url, "first", "reference", "other", "empty"]
-    model, tokenizer = load(TINY)
+    model, tokenizer = load(TINY, "cpu")
     posts = load_posts("tiny", "test")[:4]
 
     def mean(texts):
@@ -428,7 +428,7 @@ def test_what_fails_for_good_counts_nothing_and_is_tried_again_next_time(server,
 
     server.answer = answer
     row = {r["model"]: r for r in bench("--models", server.url)}[server.url]
-    model, tokenizer = load(TINY)
+    model, tokenizer = load(TINY, "cpu")
     good = squish(model, tokenizer, posts[3].document, [posts[3].document[:100]], 0.3)[0]
     assert row["squish"] == pytest.approx(good / 4, abs=1e-6)
     assert (row["failed"], row["over"], row["coverage"]) == (0.5, 0.25, 0.25)
@@ -597,7 +597,7 @@ def test_a_local_model_s_samples_differ_and_its_budgets_are_kept_apart(cwd):
 
 
 def test_the_benchmark_measures_cut_documents_and_asks_as_it_is_told(cwd):
-    model, tokenizer = load(TINY)
+    model, tokenizer = load(TINY, "cpu")
     texts = [shorten(tokenizer, p.document, 40) for p in load_posts("tiny", "test")[:4]]
     rows = {r["model"]: r for r in bench("--models", "tiny", "--max-document", "40", "--budgets", "0.3,0.5")}
     firsts = [text[:int(0.5 * len(text))] for text in texts]
@@ -630,7 +630,7 @@ def test_short_documents_can_be_left_out(cwd):
 
 
 def test_a_baseline_of_tokens_is_cut_in_tokens():
-    _, tokenizer = load(TINY)
+    _, tokenizer = load(TINY, "cpu")
     posts = [Post("A cat sat on a mat, and a dog sat on a log.", "A cat and a dog sat.", "1"),
              Post("Tom won a race.", "Tom won.", "2")]
     c = config(budget_unit="tokens")
@@ -642,7 +642,7 @@ def test_a_baseline_of_tokens_is_cut_in_tokens():
 
 def test_the_free_text_before_the_summary_is_not_scored():
     """--template notes: what is thought first costs no budget and earns nothing."""
-    model, tokenizer = load(TINY)
+    model, tokenizer = load(TINY, "cpu")
     post = load_posts("tiny", "val")[0]
     c = config(template="notes")
     task = make_task(tokenizer, post, c, 0.4)

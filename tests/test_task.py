@@ -64,7 +64,7 @@ def write(path, rows):
     """Rows as JSON lines; a string goes in as it is."""
     text = "".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
     if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(text.encode()))
+        path.write_bytes(gzip.compress(text.encode(), mtime=0))
     else:
         path.write_text(text, encoding="utf-8")
     return path
@@ -158,7 +158,7 @@ def test_what_is_no_text_is_not_left_out(tmp_path):
     (b'{"document": "d"},\n{"document": "e"},\n', "comma"), (b'{\n"document": "d"\n}\n', "over several lines"),
     ('{"document": "d"}\n'.encode("utf-16"), "UTF-16"), (b"document,summary\nd,s\n", "CSV"),
     (b"document\tsummary\nd\ts\n", "tabs"), (b"PAR1\x15\x04", "Parquet"), (b"PK\x03\x04", "zip"),
-    (gzip.compress(b'{"document": "d"}'), "gzip"), (b"\x28\xb5\x2f\xfd\x04", "zst"),
+    (gzip.compress(b'{"document": "d"}', mtime=0), "gzip"), (b"\x28\xb5\x2f\xfd\x04", "zst"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
 ], ids=str)
 def test_a_file_of_another_form_is_told_what_it_is(tmp_path, content, says):

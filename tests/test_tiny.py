@@ -28,7 +28,7 @@ POSTS = {split: load_posts("tiny", split) for split in make.SPLITS}
 
 @pytest.fixture(scope="module")
 def tiny():
-    return load(TINY)
+    return load(TINY, "cpu")
 
 
 def test_no_post_is_in_two_splits_or_twice():

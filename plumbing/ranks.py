@@ -1,0 +1,407 @@
+"""Several processes that learn together, started by torchrun: docs/machines.md, "Gradients over machines".
+
+Each process is a rank, with a model and an optimizer of its own. The posts of a step are split over the ranks: each
+samples and scores its part, tells the others, and so every rank has the whole batch of groups. Advantages, divisors and
+shares are therefore those of one process. Then each rank learns from its own groups, the gradients are summed, and all
+take the same step: the weights stay equal to the last bit, which is looked at before each checkpoint. Rank 0 alone
+writes files and speaks; the others only say why they end.
+
+Where torchrun's variables are not set, nothing here does anything. All is sent as plain numbers or as JSON: nothing is
+unpickled. Gradients go by NCCL where each rank has a GPU of its own, all else by gloo, which knows the CPU only.
+
+Who dies is missed: gloo tells at once, where it is waited for; and all ranks beat in the store in which they have met,
+so that silence is heard within half a minute, also while somebody samples or where NCCL waits for ever.
+
+Shapes: B prompts, G completions of each, N = B*G rows, T completion tokens.
+"""
+
+import hashlib
+import json
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from plumbing.memory import is_full
+
+BUCKET = 2 ** 20  # numbers of the gradient that are sent at a time: 4 MiB
+BEAT, SILENCE = 2.0, 24.0  # seconds; torchrun kills 30 s after it has asked to end, and until then all is to be said
+PATIENCE = timedelta(minutes=30)  # for a rank that lives: it may be loading a model while others wait
+NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
+
+
+class Lost(Exception):
+    """Another rank is gone, or has gone another way; the message says which, and how to go on."""
+
+
+class World:
+    """The other ranks, as this one sees them."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.local = int(os.environ.get("LOCAL_RANK", 0))
+        self.at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        self.over, self.run = threading.Event(), ""
+        self.nccl: bool | None = None  # whether gradients go by it
+        self.heard = dict.fromkeys(set(range(self.size)) - {self.rank}, time.monotonic())  # when each has last beaten
+        self.last_words: dict[int, str] = {}
+
+    def meet(self) -> None:
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+        host, _, port = self.at.rpartition(":")
+        try:
+            dist.init_process_group(backends, timeout=PATIENCE)
+            # A connection of its own: one that is waited at cannot be asked.
+            self.store = dist.TCPStore(host, int(port), is_master=False, timeout=PATIENCE)
+        except (RuntimeError, ValueError) as e:
+            raise Lost(f"The {self.size} ranks did not meet at {self.at} ({first_line(e)}). Can all machines reach "
+                       f"that address? GLOO_SOCKET_IFNAME names the network interface to use, such as en0.") from e
+        for work in (self.listen, self.watch):
+            threading.Thread(target=work, daemon=True).start()
+
+    def listen(self) -> None:
+        """Beat, and note who else has. Where the store is away this waits or ends, and then all seem silent."""
+        counts = dict.fromkeys(self.heard, -1)
+        with suppress(RuntimeError):
+            while not self.over.wait(BEAT / 2):
+                self.store.add(f"crisp/beat/{self.rank}", 1)
+                for rank in counts:
+                    n = self.store.add(f"crisp/beat/{rank}", 0)
+                    if n != counts[rank]:
+                        counts[rank], self.heard[rank] = n, time.monotonic()
+                    if rank not in self.last_words and self.store.check([f"crisp/end/{rank}"]):
+                        said = self.store.get(f"crisp/end/{rank}").decode("utf-8", "replace")
+                        self.last_words[rank] = "".join(c for c in said if c.isprintable())[:500]
+
+    def watch(self) -> None:
+        """End this process where a rank is gone, unless it ends by itself: it may be at work, or wait for ever."""
+        while not self.over.wait(BEAT / 2):
+            if self.last_words or self.silent(SILENCE):
+                if not self.over.wait(2 * BEAT):
+                    print(f"train.py: {self.why()}", file=sys.stderr, flush=True)
+                    os._exit(1)
+
+    def silent(self, seconds: float) -> list[int]:
+        return [rank for rank, at in sorted(self.heard.items()) if time.monotonic() - at > seconds]
+
+    def why(self, error: Exception | None = None) -> str:
+        """Who is gone, as far as one can know, and how to go on."""
+        until = time.monotonic() + 3 * BEAT
+        while error and not self.last_words and time.monotonic() < until:
+            time.sleep(BEAT / 10)
+        silent = self.silent(2 * BEAT)
+        if self.last_words:
+            rank, said = next(iter(self.last_words.items()))
+            what = f"Rank {rank} has ended: {said.rstrip('.')}"
+        elif len(silent) == len(self.heard) > 1:
+            what = f"No other rank answers at {self.at}: the machine or the network is gone"
+        elif silent:
+            what = f"Rank {silent[0]} is gone without a word: killed, or its machine or the network is away"
+        else:
+            what = f"The connection to another rank broke ({first_line(error)})"
+        how = f" Go on from the last checkpoint with the same torchrun command and --run {self.run} --resume."
+        if error:
+            self.over.set()  # this process ends by itself
+        return f"{what}. Rank {self.rank} ends, too.{how if self.run else ''}"
+
+    def end(self, last_words: str) -> None:
+        """Say why this rank ends, so that the others can."""
+        self.over.set()
+        with suppress(RuntimeError):
+            self.store.set(f"crisp/end/{self.rank}", last_words)
+            time.sleep(BEAT)  # without torchrun the store ends with rank 0
+
+
+_world: World | None = None
+
+
+@contextmanager
+def joined(config) -> Iterator[None]:
+    """Inside, this process is one of torchrun's ranks, if it was started by it. Raises Lost or ValueError."""
+    global _world
+    if not all(os.environ.get(name) for name in NEEDED) or os.environ["WORLD_SIZE"] == "1":
+        yield
+        return
+    if not dist.is_available() or not dist.is_gloo_available():
+        raise ValueError("This torch was built without torch.distributed, or without gloo: start one process, without "
+                         "torchrun.")
+    world, out = World(), sys.stdout
+    take_own_gpu(config, world)
+    world.meet()
+    _world = world
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            if world.rank:
+                sys.stdout = nowhere
+            yield
+        exchange("bye")  # none leaves before all have done their last
+        world.over.set()
+        dist.destroy_process_group()
+    except BaseException as e:
+        world.end(first_line(e))
+        raise
+    finally:
+        world.over.set()
+        _world, sys.stdout = None, out
+
+
+def take_own_gpu(config, world: World) -> None:
+    """"cuda" is from here on the GPU of this rank's number on its machine."""
+    if not torch.cuda.is_available() or config.device not in ("", "cuda"):
+        return
+    if world.local >= torch.cuda.device_count():
+        raise ValueError(f"There are {torch.cuda.device_count()} GPUs for {os.environ.get('LOCAL_WORLD_SIZE', '?')} "
+                         f"processes: start one for each GPU, or let them share one: --device cuda:0.")
+    torch.cuda.set_device(world.local)
+
+
+def count() -> int:
+    return _world.size if _world else 1
+
+
+def first() -> bool:
+    """Whether this process writes and speaks."""
+    return not _world or _world.rank == 0
+
+
+def on_this_machine() -> int:
+    """How many ranks share this machine's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if _world else 1
+
+
+def share(n: int) -> range:
+    """Which of n things are this rank's."""
+    rank = _world.rank if _world else 0
+    return range(n * rank // count(), n * (rank + 1) // count())
+
+
+def mine(items):
+    """This rank's part of a sequence or a tensor."""
+    part = share(len(items))
+    return items[part.start:part.stop]
+
+
+def largest_share(longest: Sequence) -> Sequence:
+    """Prompts of a whole batch, shortest first -> the largest part of it that a rank may get."""
+    return longest[len(longest) - math.ceil(len(longest) / count()):]
+
+
+# --- what is exchanged ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Around a call of torch.distributed: where it fails, a rank is gone."""
+    try:
+        yield
+    except RuntimeError as e:
+        raise Lost(_world.why(e) if _world else str(e)) from e
+
+
+def gather(flat: Tensor, sizes: Sequence[int] | None = None) -> list[Tensor]:
+    """[n_r] of each rank r -> all of them; n_r may differ. `sizes`: the n_r, where they are known."""
+    if sizes is None:
+        found = [torch.zeros(1, dtype=torch.long) for _ in range(count())]  # [1] each
+        with waiting():
+            dist.all_gather(found, torch.tensor([len(flat)]))
+        sizes = [int(n) for n in found]
+    padded = flat.new_zeros(max(sizes))  # [largest n_r]: gloo wants them of one size
+    padded[:len(flat)] = flat
+    parts = [torch.empty_like(padded) for _ in sizes]  # [largest n_r] each
+    with waiting():
+        dist.all_gather(parts, padded)
+    return [part[:n] for part, n in zip(parts, sizes)]
+
+
+def exchange(value: Any) -> list:
+    """What each rank says, in their order; anything that JSON knows."""
+    if not _world:
+        return [value]
+    said = torch.frombuffer(bytearray(json.dumps(value, default=float).encode()), dtype=torch.uint8)  # [bytes]
+    return [json.loads(bytes(part.numpy())) for part in gather(said)]
+
+
+def all_do(work: Callable[[], Any]) -> list:
+    """What work() returns on each rank. Where it fails on one it fails on all, so that none waits for another: for
+    want of memory with MemoryError, for a server's with ConnectionError, else with Lost."""
+    value, failure, kind = None, None, ""
+    try:
+        value = work()
+    except Exception as e:
+        failure, kind = e, "memory" if is_full(e) else "server" if isinstance(e, ConnectionError) else "other"
+    answers = exchange([value, kind, str(failure)])
+    if failure:
+        raise failure
+    for rank, (_, kind, said) in enumerate(answers):
+        if kind:
+            raise {"memory": MemoryError, "server": ConnectionError}.get(kind, Lost)(f"Rank {rank}: {said}")
+    return [answer[0] for answer in answers]
+
+
+def agree(what: str, value: Any, advice: str) -> None:
+    """Lost where a rank says something else than rank 0."""
+    for rank, said in enumerate(answers := exchange(value)):
+        if said != answers[0]:
+            raise Lost(f"Rank {rank} and rank 0 have different {what}: {said} and {answers[0]}. {advice}.")
+
+
+def same_settings(config, resume: bool, given: dict, folder=None) -> dict:
+    """The settings of rank 0, for all; {"folder", "config"}. ValueError where ranks were given different flags, or
+    several processes cannot do what is asked for."""
+    flags = {name: list(v) if isinstance(v, tuple) else v for name, v in given.items() if name != "device"}
+    answers = exchange([{**flags, "resume": resume}, {"folder": str(folder), "config": vars(config)}])
+    for rank, (said, _) in enumerate(answers):
+        if other := sorted(name for name in said.keys() | answers[0][0].keys()
+                           if said.get(name) != answers[0][0].get(name)):
+            raise ValueError(f"Rank {rank} was started with another --{other[0].replace('_', '-')} than rank 0: give "
+                             f"all ranks the same command.")
+    found = answers[0][1]
+    settings = found["config"]
+    for wrong, says in (
+            (settings["backend"] == "mlx", "--backend mlx learns in one process: start it without torchrun"),
+            (bool(settings["rollouts"]), "--rollouts and torchrun do not go together: let one process ask the servers, "
+                                         "or let the ranks sample"),
+            (settings["prompts"] < count(), f"--prompts {settings['prompts']} cannot be split over {count()} ranks: "
+                                            f"each needs a post, so start fewer")):
+        if wrong and _world:
+            raise ValueError(says + ".")
+    if _world:
+        _world.run = settings["run"]
+    return found
+
+
+# --- sampling and scoring ---------------------------------------------------------------------------------------------
+
+
+def sharing(act: Callable, split: Callable) -> Callable:
+    """A function that is called as `act`, of whose prompts each rank answers a part; all get all groups. `act` itself
+    where there is one process. `split` is that of rollout.py.
+
+    The groups are those of one process, in float32: `act` keys a row's random numbers by its prompt, its place in the
+    group, and how often the prompt came before in the batch. So a rank also answers what equals a prompt of its own
+    and stands before it in another's part, and throws that away.
+    """
+    if not _world:
+        return act
+
+    def shared(model, prompts: Sequence, *, G: int, **settings) -> list:
+        prompts = [torch.as_tensor(p, dtype=torch.long).cpu() for p in prompts]  # B x [P_b]
+        own, rows = share(len(prompts)), torch.zeros(0, 3)  # rows [N_r, 3T + 2], of this rank
+
+        def answer() -> tuple[int, int]:
+            nonlocal rows
+            keys = [p.numpy().tobytes() for p in prompts]
+            before = [i for i in range(own.start) if keys[i] in {keys[j] for j in own}]
+            some = [prompts[i] for i in (*before, *own)]
+            groups = act(model, some, G=G, **settings)[len(before):] if own else []
+            T = max((g.tokens.shape[1] for g in groups), default=0)
+            if groups:
+                rows = torch.cat([rows_of(g, T) for g in groups])  # [N_r, 3T + 2]
+            return len(groups) * G, T
+
+        sizes = all_do(answer)
+        parts = gather(rows.double().flatten(), [n * (3 * T + 2) for n, T in sizes])  # [N_r * (3T_r + 2)] each
+        widest, found = max(T for _, T in sizes), []
+        for part, (n, T) in zip(parts, sizes):
+            *wide, stopped, ending = part.view(n, 3 * T + 2).split([T, T, T, 1, 1], 1)  # 3 x [N_r, T], 2 x [N_r, 1]
+            found.append([torch.nn.functional.pad(x, (0, widest - T)) for x in wide] + [stopped, ending])
+        device = model.embed_tokens.weight.device
+        tokens, mask, logp, stopped, ending = (torch.cat(x).to(device, dtype) for x, dtype in zip(
+            zip(*found), (torch.long, torch.bool, torch.float32, torch.bool, torch.long)))  # [N, T], [N, 1]
+        return split(prompts, G, settings.get("tokenizer"), tokens=tokens, mask=mask, logp=logp, stopped=stopped[:, 0],
+                     ending=ending[:, 0] if settings.get("stop_text") else None)
+
+    return shared
+
+
+def rows_of(group, T: int) -> Tensor:
+    """All that is sent of a group [G, 3T + 2]: tokens, mask, logp, stopped, ending."""
+    ending = torch.zeros_like(group.stopped) if group.ending is None else group.ending  # [G]
+    wide = [torch.nn.functional.pad(x.cpu().double(), (0, T - x.shape[1]))
+            for x in (group.tokens, group.mask, group.logp)]  # [G, T] each; float64 holds token ids exactly
+    return torch.cat([*wide, group.stopped[:, None].cpu().double(), ending[:, None].cpu().double()], 1)
+
+
+def scored(work: Callable, groups: Sequence, tasks: Sequence) -> list:
+    """work(group, task) of all groups, and what it sets in them: rewards, parts and weights. Each rank does its part:
+    a model may measure the reward, or a server."""
+    if not _world:
+        return [work(group, task) for group, task in zip(groups, tasks)]
+
+    def own() -> list:
+        return [[work(group, task), group.rewards, group.parts, group.weights]
+                for group, task in zip(mine(groups), mine(tasks))]
+
+    found = []
+    for group, (value, *said) in zip(groups, (row for rows in all_do(own) for row in rows)):
+        group.rewards, group.parts, group.weights = said
+        found.append(value)
+    return found
+
+
+# --- learning ---------------------------------------------------------------------------------------------------------
+
+
+def summed(means: dict[str, float], parameters: Iterable[Tensor]) -> dict[str, float]:
+    """This rank's share of each mean -> the means; the gradients of the parameters become their sums over all ranks.
+
+    In float32, whatever the gradients are, and a few MB at a time, so that nothing large is made.
+    """
+    if not _world:
+        return means
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if gradients and _world.nccl is None:  # does each rank have a GPU of its own?
+        device = gradients[0].device
+        _world.nccl = all(exchange(device.type == "cuda" and device.index == _world.local))
+    bucket: list[Tensor] = []
+    for piece in (piece for gradient in gradients for piece in gradient.view(-1).split(BUCKET)):
+        if sum(map(len, bucket)) + len(piece) > BUCKET:
+            sum_bucket(bucket)
+            bucket = []
+        bucket.append(piece)
+    if bucket:
+        sum_bucket(bucket)
+    total = torch.tensor(list(means.values()), dtype=torch.float64)  # [means]
+    with waiting():
+        dist.all_reduce(total)
+    return dict(zip(means, total.tolist()))
+
+
+def sum_bucket(pieces: list[Tensor]) -> None:
+    """Flat pieces of gradients become their sums over all ranks."""
+    flat = torch.cat([piece.float() for piece in pieces])  # [numbers]
+    flat = flat if _world and _world.nccl else flat.cpu()  # gloo takes no tensor of a GPU, Apple's included
+    with waiting():
+        dist.all_reduce(flat)
+    for piece, total in zip(pieces, flat.split([len(piece) for piece in pieces])):
+        piece.copy_(total)
+
+
+def largest(value: float) -> float:
+    return max(exchange(value))
+
+
+def check_same_weights(named: Mapping[str, Tensor], step: int) -> None:
+    """Lost where the ranks have learnt different things, be it in one bit."""
+    if not _world:
+        return
+    found = hashlib.sha256()
+    for name, p in named.items():
+        found.update(name.encode())
+        found.update(p.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
+    agree(f"weights after step {step}", found.hexdigest()[:16],
+          "The checkpoint before is good. All ranks need the same torch and the same kind of machine: go on with "
+          "--resume on such")
+
+
+def first_line(e: BaseException | None) -> str:
+    return (str(e) or type(e).__name__).splitlines()[0]

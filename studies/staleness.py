@@ -1,0 +1,282 @@
+"""Stale samples: runs that learn from what the weights of 0, 1, 4 or 16 steps ago wrote, corrected and uncorrected.
+
+    python -m studies.staleness                  # all runs; what is done is not done again, then the table
+    python -m studies.staleness run --jobs 14 --only "16 steps"
+    python -m studies.staleness tables           # into docs/machines.md, from studies/results/staleness/ alone
+    python -m studies.staleness figures          # figures/staleness.png, likewise
+
+Every run is the embedded default with the reward of its second stage, 100 steps, and the default's learning rate. In
+the process of a run the sampler is exchanged for one that keeps old weights (`behind`); the files stay as they are. A
+run takes about a minute of one core. A run that was cut off is begun anew: its old weights are gone.
+
+What is kept of a run, one small file, has no texts: settings, curves, and the evaluations before and after.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+import train
+from config import Config
+from plumbing.cli import read_arguments
+from plumbing.curves import new_figure
+from plumbing.folder import read_json, write_file, write_text
+from plumbing.log import read_lines
+from plumbing.once import as_json, digest, same_settings, side_by_side
+from plumbing.posts import TINY
+from plumbing.staleness import weights_of_now, with_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results" / "staleness"
+PAGE, HEADING = ROOT / "docs" / "machines.md", "### By age and correction\n\n"
+STEPS, LAST, SEEDS = 100, 10, 3  # of a run; of its end, over which a number is a mean
+REWARD = "rouge_l+4*length-3*invented-2*twice"  # of the default's second stage
+AGES = (0, 1, 4, 16)
+CORRECTIONS = {"none": (), "tokens": ("--tis", "2"), "sequences": ("--tis", "3", "--tis-mode", "sequence_mask")}
+CURVES = ("reward", "length", "within_10pct", "kl", "entropy", "grad_norm", "logp_gap", "age", "tis_mean", "tis_max",
+          "tis_ess", "invented", "distinct")
+
+
+class Run(NamedTuple):
+    age: int  # steps between the weights that write and those that learn
+    correction: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.age} steps, {self.correction}"
+
+    @property
+    def slug(self) -> str:
+        return f"{self.age}-{self.correction}-{self.seed}"
+
+    @property
+    def flags(self) -> list[str]:
+        return ["--stages", f"{REWARD}:{STEPS}", "--eval-posts", "50", "--print-every", "20", "--seed", str(self.seed),
+                *CORRECTIONS[self.correction]]
+
+    @property
+    def config(self) -> Config:
+        return read_arguments(Config, self.flags, "")[0]
+
+    @property
+    def result(self) -> Path:
+        return RESULTS / f"{self.slug}.json"
+
+    @property
+    def folder(self) -> Path:
+        return Path("runs") / f"stale-{self.slug}"
+
+
+def all_runs(seeds: int = SEEDS) -> list[Run]:
+    return [Run(age, correction, seed) for seed in range(seeds) for age in AGES for correction in CORRECTIONS]
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def behind(age: int) -> Iterator[None]:
+    """Inside, the completions of a step are written by the weights of `age` steps before; held-out summaries are not.
+
+    In the first steps there are none that old, and the first weights write.
+    """
+    own, kept, steps = train.sample, deque(maxlen=age + 1), 0
+
+    def sample(model, prompts: Sequence, **settings) -> list:
+        nonlocal steps
+        if settings["temperature"] == 0:
+            return own(model, prompts, **settings)
+        kept.append(weights_of_now(model))
+        steps += 1
+        with with_weights(model, kept[0]):
+            groups = own(model, prompts, **settings)
+        for group in groups:
+            group.version = steps - len(kept)
+        return groups
+
+    train.sample = sample
+    try:
+        yield
+    finally:
+        train.sample = own
+
+
+@lru_cache
+def embedded() -> str:
+    """A hash of the embedded model and its posts."""
+    return digest(TINY / name for name in ("model.safetensors", "tokenizer.json", "train.jsonl", "val.jsonl"))
+
+
+def result_of(run: Run) -> dict | None:
+    """What was kept of a run, if it was one of these settings and this model."""
+    if not run.result.exists():
+        return None
+    result = read_json(run.result)
+    same = result["age"] == run.age and result["model"] == embedded()
+    return result if same and same_settings(result["config"], run.config, Config()) else None
+
+
+def train_stale(run: Run) -> int:
+    """The run itself, in a process of its own -> train.py's exit code."""
+    with behind(run.age):
+        return train.main([*run.flags, "--run", run.folder.name])
+
+
+def do(run: Run, threads: int) -> dict:
+    """Train and keep the result. RuntimeError if the run neither reaches its end nor explodes."""
+    shutil.rmtree(run.folder, ignore_errors=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    begun = time.monotonic()
+    settings = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "studies.staleness", "one", "--only", run.slug]
+    said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=settings, encoding="utf-8")
+    last = (said.stdout.splitlines() or [""])[-1]
+    exploded = re.search(r"train.py: (.* in step \d+)", last)
+    evals = read_lines(run.folder / "eval.jsonl")
+    if not exploded and (said.returncode or len(evals) < 2):
+        raise RuntimeError(f"{run.folder} did not reach its end: {last}. The same command begins it anew.")
+    rows = read_lines(run.folder / "metrics.jsonl")
+    curves = {name: [None if row[name] is None else float(f"{row[name]:.4g}") for row in rows]
+              for name in CURVES if name in rows[0]}
+    val = [{name: value for name, value in row.items() if name != "lengths"} for row in evals]
+    result = {"config": as_json(run.config), "age": run.age, "model": embedded(), "curves": curves, "val": val,
+              "ended": exploded[1] if exploded else "", "seconds": round(time.monotonic() - begun)}
+    write_text(run.result, json.dumps(result) + "\n")
+    return result
+
+
+# --- what is to be seen -----------------------------------------------------------------------------------------------
+
+
+def at_the_end(result: dict, name: str) -> float | None:
+    """The mean of the last steps, or what the last evaluation says. None where there is none."""
+    if name.startswith("held out, "):
+        return None if result["ended"] else result["val"][-1][name.removeprefix("held out, ")]
+    values = [value for value in result["curves"].get(name, ())[-LAST:] if value is not None]
+    return fmean(values) if values else None
+
+
+COLUMNS = (("reward", "reward", "{:.2f}"), ("within 10%", "within_10pct", "{:.0%}"),
+           ("held out: reward", "held out, reward", "{:.2f}"),
+           ("held out: within 10%", "held out, within_10pct", "{:.0%}"),
+           ("KL", "kl", "{:.2f}"), ("gap", "logp_gap", "{:.2g}"), ("mean weight", "tis_mean", "{:.3f}"),
+           ("largest", "tis_max", "{:.2f}"), ("effective", "tis_ess", "{:.0%}"))
+
+
+def make_table() -> str:
+    """A row an age and a correction: the mean over seeds, and the least and the largest of them."""
+    lines = [f"| age | correction | seeds | {' | '.join(title for title, *_ in COLUMNS)} |",
+             "| --- " * (len(COLUMNS) + 3) + "|"]
+    for age in AGES:
+        for correction in CORRECTIONS:
+            there = [r for seed in range(SEEDS) if (r := result_of(Run(age, correction, seed)))]
+            if there:
+                cells = [cell([at_the_end(r, name) for r in there], form) for _, name, form in COLUMNS]
+                ended = "".join(f"; {r['ended']}" for r in there if r["ended"])
+                lines.append(f"| {age} | {correction} | {len(there)}{ended} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(values: Sequence[float | None], form: str) -> str:
+    """
+    >>> cell([0.25, 0.75, None], "{:.2f}"), cell([None], "{:.2f}")
+    ('0.50 (0.25..0.75)', '-')
+    """
+    there = [value for value in values if value is not None]
+    if not there:
+        return "-"
+    spread = f" ({form.format(min(there))}..{form.format(max(there))})" if len(there) > 1 else ""
+    return form.format(fmean(there)) + spread
+
+
+def with_table(text: str, table: str) -> str:
+    """The page with this table under the heading, in place of the one that stands there."""
+    head, heading, rest = text.partition(HEADING)
+    if not heading:
+        raise ValueError(f"{PAGE} has no heading {HEADING.strip()!r} to put the table under.")
+    return head + heading + table + re.sub(r"\A(\|.*\n)*", "", rest)
+
+
+def draw(path: Path) -> None:
+    """A panel a number, a color an age; without a correction a line is solid, with --tis 2 it is dashed."""
+    if not any(result_of(run) for run in all_runs()):
+        raise ValueError("There is no result to draw yet: python -m studies.staleness run.")
+    figure, axes = new_figure(1)
+    panels = (("reward", "reward", "none", "tokens"), ("kl", "KL to the reference model", "none", "tokens"),
+              ("tis_ess", "effective sample size, --tis 2", "tokens", ""))
+    for ax, (name, title, *lines) in zip(axes.flat, panels):
+        for i, age in enumerate(AGES):
+            for correction, style in zip(lines, ("-", "--")):
+                there = [r for seed in range(SEEDS) if correction and (r := result_of(Run(age, correction, seed)))]
+                curves = [r["curves"][name] for r in there if name in r["curves"] and not r["ended"]]
+                if curves:
+                    mean = [fmean(values) for values in zip(*curves)]
+                    smooth = [fmean(mean[max(0, n - 9):n]) for n in range(1, len(mean) + 1)]
+                    label = f"age {age}{', --tis 2' if style == '--' else ''}"
+                    ax.plot(range(1, len(mean) + 1), smooth, style, lw=1.4, color=f"C{i}", label=label)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("step", fontsize=8)
+        ax.grid(alpha=0.2)
+    axes.flat[0].legend(fontsize=7)
+    path.parent.mkdir(exist_ok=True)
+    write_file(path, lambda part: figure.savefig(part, dpi=100, format="png"))
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m studies.staleness", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", nargs="?", default="run", choices=("run", "tables", "figures", "one"),
+                        help="default: run; one is what run begins for each run, in a process of its own")
+    parser.add_argument("--only", default="", help="a regular expression: runs such as \"16 steps, tokens\"")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="so many seeds of each")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    args = parser.parse_args(argv)
+    if args.action == "one":
+        return train_stale(next(run for run in all_runs() if run.slug == args.only))
+    try:
+        if args.action == "run":
+            run_all(args)
+        if args.action in ("run", "tables"):
+            write_text(PAGE, with_table(PAGE.read_text(encoding="utf-8"), make_table()))
+            print(f"{sum(bool(result_of(run)) for run in all_runs())} of {len(all_runs())} runs are in {PAGE}.")
+        else:
+            draw(ROOT / "figures" / "staleness.png")
+    except (ValueError, OSError, RuntimeError) as e:
+        print(f"staleness: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """What has no result yet, `args.jobs` runs at a time, seed by seed."""
+    wanted = [run for run in all_runs(args.seeds) if re.search(args.only, run.name)]
+    left = [run for run in wanted if not result_of(run)]
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    print(f"{len(left)} of {len(wanted)} runs to do, {args.jobs} at a time, {threads} threads each", flush=True)
+
+    def job(run: Run) -> None:
+        result = do(run, threads)
+        print(f"  {run.name}, seed {run.seed}: {result['seconds']} s{' ' * bool(result['ended'])}{result['ended']}",
+              flush=True)
+
+    side_by_side(job, left, args.jobs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
