@@ -352,7 +352,7 @@ def sizes_of_texts(config, model, tokenizer, posts: Sequence) -> dict:
     batches = [task.tasks_of(posts, n, config, tokenizer) for n in range(8)]
     groups = [group for batch in batches for group in
               write_batch(config, model, tokenizer, batch, config.max_new_tokens, stop_ids=None)]
-    lengths = np.concatenate([group.mask.sum(1) for group in groups])
+    lengths = np.concatenate([group.mask.sum(1).cpu() for group in groups])
     prompts = np.array([len(group.prompt) for group in groups])
     return {"lengths": (float(lengths.mean()), float(lengths.std())),
             "prompt": (float(prompts.mean()), float(prompts.std()))}
@@ -414,7 +414,8 @@ def fleets(measured: dict[str, Pieces]) -> dict[str, list[Fleet]]:
     ahead = [replace(each, ahead=True) for each in three]
     found = {"one Mac mini": [Fleet(p, p) for p in macs], "three: two sample, one learns": three,
              "three, ahead": ahead, "three, ahead, new weights every 5 steps": [replace(f, every=5) for f in ahead],
-             "three, ahead, adapters of rank 16": [replace(f, sync=mac.adapters) for f in ahead]}
+             "three, ahead, adapters of rank 16": [replace(f, sync=mac.adapters) for f in ahead],
+             "three, each samples and learns": [Fleet(p, p, learners=3, network=ETHERNET) for p in macs]}
     for name, p in measured.items():
         found[f"one {p.machine}"] = [Fleet(p, p)]
         if not name.startswith("cpu"):
@@ -433,6 +434,8 @@ def table(job: Job, rows: dict[str, list[Fleet]]) -> str:
     lines = ["| | seconds a step | tokens a second | bytes of a sync | a sampler waits | the learner waits | age |",
              "| --- " * 7 + "|"]
     for name, alike in rows.items():
+        if alike[0].learners > job.prompts:
+            continue  # a rank without a post is refused
         outs = [simulate(job, fleet) for fleet in alike]
         columns = [[f"{out.step:.3g}" if out.step < 100 else f"{out.step:,.0f}" for out in outs],
                    [f"{out.tokens / out.seconds:,.0f}" for out in outs],
