@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 
 import numpy as np
 
@@ -184,6 +184,12 @@ def simulate(job: Job, fleet: Fleet, seed: int = 0) -> Outcome:
         own = [slice(k, None, len(samplers)) for k in range(min(len(samplers), job.prompts))]
         return ready, max(s.work(ready, sampling(sampler, P[at], T[at])) for s, at in zip(samplers, own))
 
+    def compare(n: int, ready: float) -> float:
+        """Compare one group of each server with what the weights say themselves -> when that is done."""
+        P, T = job.batch(n, seed)
+        seconds = sum(cost(learner.compare, p + t.sum()) for p, t in zip(P[:fleet.samplers], T))
+        return learners[0].work(ready, seconds) if fleet.samplers else ready
+
     def learn(n: int, ready: float) -> float:
         """Score batch n and learn from it -> when the new weights are there."""
         P, T = job.batch(n, seed)
@@ -191,9 +197,7 @@ def simulate(job: Job, fleet: Fleet, seed: int = 0) -> Outcome:
         ends = []
         for machine, (p, t) in zip(learners, shares):
             seconds = cost(learner.score, t.size) + cost(learner.learn, p.sum() + t.sum())
-            # One group of each server is compared with what the weights say themselves.
-            groups = zip(p[:fleet.samplers], t[:fleet.samplers])
-            ends.append(machine.work(ready, seconds + sum(cost(learner.compare, a + b.sum()) for a, b in groups)))
+            ends.append(machine.work(ready, seconds))
         if len(learners) == 1:
             return ends[0]
         # A ring: each rank sends and gets every gradient nearly twice, but for its own share of them.
@@ -202,9 +206,9 @@ def simulate(job: Job, fleet: Fleet, seed: int = 0) -> Outcome:
 
     _, here = ask(0, 0.0, 0)
     for n in range(job.steps):
-        more, begin, following = n + 1 < job.steps, here, here
+        more, begin = n + 1 < job.steps, compare(n, here)
         if more and fleet.ahead and fleet.samplers:
-            begin, following = ask(n + 1, here, n)  # from the weights of before this update
+            begin, following = ask(n + 1, begin, n)  # from the weights of before this update
         done = learn(n, begin)
         if more:
             here = max(done, following) if fleet.ahead and fleet.samplers else ask(n + 1, done, n + 1)[1]
@@ -218,13 +222,14 @@ def simulate(job: Job, fleet: Fleet, seed: int = 0) -> Outcome:
 
 
 def typical(call: Callable[[], object], clock: Callable[[], float]) -> float:
-    """Seconds of a call: the median of three after one that warms up, or of as many as fit into 20 seconds."""
+    """Seconds of a call after one that warms up, the mean: means of pieces add up to the mean of a step, medians do
+    not. At least three calls and a second and a half, but no more of them after 20 seconds."""
     times: list[float] = []
-    while len(times) < 4 and sum(times) < 20:
+    while (len(times) < 4 or sum(times) < 1.5) and sum(times) < 20:
         begun = clock()
         call()
         times.append(clock() - begun)
-    return median(times[1:] or times)
+    return fmean(times[1:] or times)
 
 
 def line(x: Sequence[float], y: Sequence[float]) -> Affine:
@@ -311,7 +316,7 @@ def of_learning(config, model, tokenizer, batches: Sequence, tokens: int) -> dic
             begun = clock()
             task.score(groups, batch, stages[0].reward, config, tokenizer)
             times.append(clock() - begun)
-        scores.append(median(times))
+        scores.append(fmean(times))
         for group in groups:
             group.rewards = [float(g) for g in range(config.group)]  # a flat group would not be learnt from
         counts.append(sum(len(group.prompt) + group.mask.sum().item() for group in groups))
@@ -348,7 +353,7 @@ def sizes_of_texts(config, model, tokenizer, posts: Sequence) -> dict:
     batches = [task.tasks_of(posts, n, config, tokenizer) for n in range(8)]
     groups = [group for batch in batches for group in
               write_batch(config, model, tokenizer, batch, config.max_new_tokens, stop_ids=None)]
-    lengths = np.concatenate([group.mask.sum(1) for group in groups])
+    lengths = np.concatenate([group.mask.sum(1).cpu() for group in groups])
     prompts = np.array([len(group.prompt) for group in groups])
     return {"lengths": (float(lengths.mean()), float(lengths.std())),
             "prompt": (float(prompts.mean()), float(prompts.std()))}
@@ -410,7 +415,8 @@ def fleets(measured: dict[str, Pieces]) -> dict[str, list[Fleet]]:
     ahead = [replace(each, ahead=True) for each in three]
     found = {"one Mac mini": [Fleet(p, p) for p in macs], "three: two sample, one learns": three,
              "three, ahead": ahead, "three, ahead, new weights every 5 steps": [replace(f, every=5) for f in ahead],
-             "three, ahead, adapters of rank 16": [replace(f, sync=mac.adapters) for f in ahead]}
+             "three, ahead, adapters of rank 16": [replace(f, sync=mac.adapters) for f in ahead],
+             "three, each samples and learns": [Fleet(p, p, learners=3, network=ETHERNET) for p in macs]}
     for name, p in measured.items():
         found[f"one {p.machine}"] = [Fleet(p, p)]
         if not name.startswith("cpu"):
@@ -429,6 +435,8 @@ def table(job: Job, rows: dict[str, list[Fleet]]) -> str:
     lines = ["| | seconds a step | tokens a second | bytes of a sync | a sampler waits | the learner waits | age |",
              "| --- " * 7 + "|"]
     for name, alike in rows.items():
+        if alike[0].learners > job.prompts:
+            continue  # a rank without a post is refused
         outs = [simulate(job, fleet) for fleet in alike]
         columns = [[f"{out.step:.3g}" if out.step < 100 else f"{out.step:,.0f}" for out in outs],
                    [f"{out.tokens / out.seconds:,.0f}" for out in outs],
@@ -458,7 +466,7 @@ def enough(job: Job, fleet: Fleet) -> int:
 
 
 def real_run(name: str, folder: Path, steps: int, *flags: str) -> float:
-    """Seconds a step of a run of the embedded default, the median. Steps that keep groups for the report are left out:
+    """Seconds a step of a run of the embedded default, the mean. Steps that keep groups for the report are left out:
     they do more than sample and learn."""
     command = [sys.executable, str(ROOT / "train.py"), "--run", name, "--stages", f"length:{steps}", *flags]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -466,7 +474,7 @@ def real_run(name: str, folder: Path, steps: int, *flags: str) -> float:
         sys.exit(done.stdout + done.stderr)
     lines = (folder / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     kept = steps_to_keep(steps)
-    return median(row["seconds"] for row in map(json.loads, lines) if row["step"] not in kept)
+    return fmean(row["seconds"] for row in map(json.loads, lines) if row["step"] not in kept)
 
 
 def slow_server(seconds: float):
@@ -489,28 +497,30 @@ def slow_server(seconds: float):
 def check(steps: int, seconds: float) -> dict[str, tuple[float, float]]:
     """{run: (seconds a step by the simulation, by the run itself)}. Pieces are measured before and after each run, for
     other programs may want the machine too: the simulated number is the mean of both."""
-    runs = {"one machine": 0, "one server": 1, "two servers": 2}
+    runs = {"one machine": (0, False), "one server": (1, False), "two servers": (2, False),
+            "two servers, ahead": (2, True)}
     found, before = {}, measure("tiny")
     with tempfile.TemporaryDirectory() as folder:
-        for name, servers in runs.items():
+        for name, (servers, ahead) in runs.items():
             up = [slow_server(seconds) for _ in range(servers)]
             flags = ["--rollouts", *(server.url for server in up)] if servers else []
+            flags += ["--ahead", "1"] if ahead else []
             try:
-                real = real_run(name.replace(" ", "-"), Path(folder), steps, *flags)
+                real = real_run(f"run-{len(found)}", Path(folder), steps, *flags)
             finally:
                 for server in up:
                     server.close()
             after = measure("tiny")
-            found[name] = fmean(simulated(p, servers, seconds) for p in (before, after)), real
+            found[name] = fmean(simulated(p, servers, ahead, seconds) for p in (before, after)), real
             before = after
     return found
 
 
-def simulated(p: Pieces, servers: int, seconds: float) -> float:
+def simulated(p: Pieces, servers: int, ahead: bool, seconds: float) -> float:
     """Seconds a step of the embedded default on this machine, with so many slow servers."""
     job = Job(prompts=4, group=8, prompt=p.prompt, most_prompt=512, length=p.lengths, most=80)
     sampler = replace(p, request=seconds) if servers else p
-    return simulate(job, Fleet(sampler, p, samplers=servers, sync=p.saved)).step
+    return simulate(job, Fleet(sampler, p, samplers=servers, ahead=ahead, sync=p.saved)).step
 
 
 def check_table(found: dict[str, tuple[float, float]]) -> str:
@@ -565,7 +575,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.name:
             write_text(RESULTS / f"{args.name}.json", pieces + "\n")
     elif args.action == "check":
-        found = check(32, 0.4)
+        found = check(24, 0.4)
         write_text(RESULTS / "check.json", json.dumps(found) + "\n")
         print(check_table(found))
     elif args.machine:
