@@ -85,10 +85,12 @@ class World:
     def watch(self) -> None:
         """End this process where a rank is gone, unless it ends by itself: it may be at work, or wait for ever."""
         while not self.over.wait(BEAT / 2):
-            if self.last_words or self.silent(SILENCE):
-                if not self.over.wait(2 * BEAT):
-                    print(f"train.py: {self.why()}", file=sys.stderr, flush=True)
-                    os._exit(1)
+            if self.gone() and not self.over.wait(2 * BEAT) and self.gone():
+                print(f"train.py: {self.why()}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def gone(self) -> bool:
+        return bool(self.last_words or self.silent(SILENCE))
 
     def silent(self, seconds: float) -> list[int]:
         return [rank for rank, at in sorted(self.heard.items()) if time.monotonic() - at > seconds]
