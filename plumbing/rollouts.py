@@ -143,8 +143,9 @@ class Fleet:
             groups = self.ask(model, prompts, **settings)
         if self.engines and then:
             asked, more = [task.prompt for task in then()], settings | {"seed": settings["seed"] + 1}
+            kept = weights_of_now(model)
             self.sent = replace(self.send(model, asked, range(len(asked)), **more), question=(asked, more), step=step,
-                                weights=weights_of_now(model))
+                                weights=kept)
         left = [i for i in range(len(prompts)) if i not in groups]
         if left and not self.alone:
             self.alone = True
