@@ -289,7 +289,7 @@ def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, 
     learns = beta > 0 or not bool(flat.all())
     # Pieces that fit into memory. If all of it fits, there is one piece: the groups, padded to the longest and stacked.
     # Under torchrun each rank learns from its own groups; all that divides is counted over the whole batch.
-    micros = micro_batches(*ranks.mine(groups, A), config.micro_tokens)
+    micros = micro_batches(ranks.mine(groups), ranks.mine(A), config.micro_tokens)
     n_tokens = sum(int(g.mask.sum()) for g in groups)
     whole = {"beta": beta, "n_completions": A.numel(), "n_tokens": n_tokens,
              "max_length": config.max_new_tokens or max(g.tokens.shape[1] for g in groups)}

@@ -22,7 +22,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -184,9 +184,10 @@ def share(n: int) -> range:
     return range(n * rank // count(), n * (rank + 1) // count())
 
 
-def mine(*several: Sequence | Tensor) -> list:
-    """Of each sequence this rank's part."""
-    return [each[share(len(each)).start:share(len(each)).stop] for each in several]
+def mine(things: Any) -> Any:
+    """This rank's part of a sequence or tensor."""
+    own = share(len(things))
+    return things[own.start:own.stop]
 
 
 def largest_share(longest: Sequence) -> Sequence:
@@ -339,8 +340,8 @@ def scored(work: Callable, groups: Sequence, tasks: Sequence) -> list:
         return [work(group, task) for group, task in zip(groups, tasks)]
 
     def own() -> list:
-        return [[work(group, task), group.rewards, group.parts, group.weights] for group, task in zip(
-            *mine(groups, tasks))]
+        return [[work(group, task), group.rewards, group.parts, group.weights]
+                for group, task in zip(mine(groups), mine(tasks))]
 
     found = []
     for group, (value, *said) in zip(groups, (row for rows in all_do(own) for row in rows)):
@@ -391,14 +392,14 @@ def largest(value: float) -> float:
     return max(exchange(value))
 
 
-def check_same_weights(named: dict[str, Tensor], step: int) -> None:
+def check_same_weights(named: Mapping[str, Tensor], step: int) -> None:
     """Lost where the ranks have learnt different things, be it in one bit."""
     if not _world:
         return
     found = hashlib.sha256()
     for name, p in named.items():
         found.update(name.encode())
-        found.update(p.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
+        found.update(p.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
     agree(f"weights after step {step}", found.hexdigest()[:16],
           "The checkpoint before is good. All ranks need the same torch and the same kind of machine: go on with "
           "--resume on such")
