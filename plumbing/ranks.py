@@ -184,10 +184,10 @@ def share(n: int) -> range:
     return range(n * rank // count(), n * (rank + 1) // count())
 
 
-def mine(items):
-    """This rank's part of a sequence or a tensor."""
-    part = share(len(items))
-    return items[part.start:part.stop]
+def mine(things: Any) -> Any:
+    """This rank's part of a sequence or tensor."""
+    own = share(len(things))
+    return things[own.start:own.stop]
 
 
 def largest_share(longest: Sequence) -> Sequence:
