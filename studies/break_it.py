@@ -394,7 +394,8 @@ def make_page() -> str:
         beside = f", beside *{entry.beside}*" if entry.beside != "healthy" else ""
         about = f"{entry.why} Look at `{entry.look}`{beside}. Mend it: {entry.mend}"
         if entry.says:
-            text += f"\n### {name}\n\n\"{entry.says}\"\n\n{change(name)}\n{textwrap.fill(about, 120)}\n"
+            about = textwrap.fill(about, 120, break_on_hyphens=False)  # or a flag would be two words
+            text += f"\n### {name}\n\n\"{entry.says}\"\n\n{change(name)}\n{about}\n"
     return text
 
 
