@@ -49,7 +49,7 @@ def test_rungs_differ_in_what_is_learnt_from_a_batch_and_in_nothing_else():
         if rung.beside:
             beside = RUNGS[rung.beside]
             assert (rung.flags, rung.edits, rung.fork) != (beside.flags, beside.edits, beside.fork)
-    assert len({Run(name, 0).slug for name in RUNGS}) == len(RUNGS)
+    assert len({Run(name, 0).slug for name in RUNGS}) == len(RUNGS) and Run("SAPO", 0).config.loss == "sapo"
 
 
 @pytest.mark.parametrize("name, want", [
@@ -102,6 +102,17 @@ def test_a_stale_sampler_gets_new_weights_with_every_tenth_batch(tmp_path, monke
         assert train.main(flags) == 0
     fresh = [row["logp_gap"] < 1e-4 for row in read_lines(tmp_path / "runs" / "r" / "metrics.jsonl")]
     assert fresh == [True] + 9 * [False] + [True]
+
+
+def test_importance_weights_are_cut_at_two(batch):
+    """A sampler that found each token a third as likely: the weights would be 3, and the gradient is twice as long."""
+    model, groups = batch
+    old, _ = states(model)
+    shifted = [replace(group, logp=group.logp - 1.0986) for group in groups]  # log 3
+    found = [gradient(grpo.update, model, None, shifted, Run(name, 0).config, (old,))
+             for name in ("stale samples", "truncated importance weights")]
+    torch.testing.assert_close(found[1], 2 * found[0], rtol=0, atol=1e-5)
+    assert found[0].norm() > 0.01
 
 
 def test_the_fork_in_memory_is_the_fork_that_git_makes(tmp_path):
@@ -159,6 +170,10 @@ def test_the_cosine_leaves_out_the_noise_that_both_share():
     assert cosine(one + shared, 3 * (one + shared))[0] == pytest.approx(1, abs=1e-4)
     naive = torch.cosine_similarity((one + 5 * shared[:9]).mean(0), (other + 5 * shared[:9]).mean(0), dim=0)
     assert naive > 0.5  # what one would see with few batches
+    x, y = 1 + torch.randn(4, 3), 1 + torch.randn(4, 3)
+    by_hand = {pair: sum(float(pair[0][m] @ pair[1][n]) for m in range(4) for n in range(4) if m != n)
+               for pair in ((x, y), (x, x), (y, y))}
+    assert cosine(x, y)[0] == pytest.approx(by_hand[x, y] / (by_hand[x, x] * by_hand[y, y]) ** 0.5, rel=1e-4)
     # In two dimensions, at 45 degrees; and what the error promises: two thirds of the time it is no larger.
     draws = [cosine(one + torch.randn(60, 8), one + other + torch.randn(60, 8)) for _ in range(200)]
     errors = torch.tensor([value for value, _ in draws]) - 0.5 ** 0.5
