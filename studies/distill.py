@@ -188,7 +188,7 @@ def cell(values: list[float], form: str = "{:.2f}") -> str:
     if not values:
         return "-"
     if max(values) == float("inf"):
-        return f"not within {sum(value == float('inf') for value in values)} of {len(values)} runs"
+        return f"never in {sum(value == float('inf') for value in values)} of {len(values)}"
     mean, least, most = (form.format(x) for x in (fmean(values), min(values), max(values)))
     return f"{mean} ({least}..{most})" if len(values) > 1 else mean
 

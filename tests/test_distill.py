@@ -68,7 +68,7 @@ def test_the_tables_by_hand(study):
     assert "| GRPO, the teacher | 0.00 | - | - | - | - | - | - | - | 1.00 |" in text
     assert "| distilled | 0.00 | - | 0.50 | 0.90 | - | - | - | - | - |" in text
     assert "| GRPO, the teacher | 100 | 172 | 196 | 208 | 80% | 0.900 | 0.1% | 1 |" in text
-    assert "| distilled | 10 | 18 | 20 | not within 1 of 1 runs | 80% | 0.900 | 0.1% | 1 |" in text
+    assert "| distilled | 10 | 18 | 20 | never in 1 of 1 | 80% | 0.900 | 0.1% | 1 |" in text
     assert "steps 1 to 5: 0.20; steps 101 to 120: 0.020" in text
     keep(Run(TEACHER, 1), {0: 0.0, 220: 1.0})
     assert "| distilled | 0.00 (0.00..0.00) | - | 0.55 (0.50..0.60) |" in make_tables()
