@@ -268,7 +268,7 @@ def do(name):
         if not pid:
             child(name, rank, n, work, port)
         left[pid] = rank
-    while left and time.monotonic() - begun < 90:
+    while left and time.monotonic() - begun < 240:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             codes[left.pop(pid)] = os.waitstatus_to_exitcode(status)

@@ -33,7 +33,7 @@ def environment():
 def work(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     subprocess.run([sys.executable, ROOT / "tests" / "ranks_at_work.py", folder], env=environment(), cwd=ROOT,
-                   check=True, timeout=600)
+                   check=True, timeout=1800)
     return folder
 
 
