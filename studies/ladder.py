@@ -179,38 +179,51 @@ RUNGS: dict[str, Rung] = {
 }
 # What each was good for here. Written from the results, so look at these sentences when the results are made anew.
 BOUGHT = {
-    "no baseline": "It learns here, because the mean of this reward is near 0 by chance: -0.1 before and 0.4 after. Look "
-                   "at the next rung.",
-    "no baseline, 2 more for all": "Little more than half of the gain is left, and seeds differ widely (0.04 to 0.33): a "
-                                   "text becomes likelier for no other reason than that it was written.",
-    "the batch's mean": "Where the reward's mean is 0 anyway it adds 0.015. What a baseline is for shows against the rung "
-                        "above: 0.45 where it has 0.20.",
+    "no baseline":
+        "It learns here, because the mean of this reward is near 0 by chance: -0.1 before and 0.4 after. Look at "
+        "the next rung.",
+    "no baseline, 2 more for all":
+        "Little more than half of the gain is left, and seeds differ widely (0.04 to 0.33): a text becomes "
+        "likelier for no other reason than that it was written.",
+    "the batch's mean":
+        "Where the reward's mean is 0 anyway it adds 0.015. What a baseline is for shows against the rung above: "
+        "0.45 where it has 0.20.",
     MEAN: "No difference from the batch's mean that three seeds could show.",
-    STD: "Nothing in the reward: all three seeds end within 0.003 of the rung below. The rewards of these groups spread "
-         "alike, and AdamW divides by the gradient's size anyway.",
-    "four updates": "They ruin the language. 80% are near the length, which is paid most, at a ROUGE-L of 0.46 and with "
-                    "43% of the names invented.",
-    CLIPPED: "The clip is what makes several updates possible: +0.44. From the same texts as one update, 92% near the "
-             "length where that has 71%. The price is that 5% say a sentence twice.",
-    "with a KL": "+0.03 in each seed, less invented, and fewer that say a sentence twice: the highest reward on this page.",
+    STD:
+        "Nothing in the reward: all three seeds end within 0.003 of the rung below. The rewards of these groups "
+        "spread alike, and AdamW divides by the gradient's size anyway.",
+    "four updates":
+        "They ruin the language. 80% are near the length, which is paid most, at a ROUGE-L of 0.46 and with 43% "
+        "of the names invented.",
+    CLIPPED:
+        "The clip is what makes several updates possible: +0.44. From the same texts as one update, 92% near the "
+        "length where that has 71%. The price is that 5% say a sentence twice.",
+    "with a KL":
+        "+0.03 in each seed, less invented, and fewer that say a sentence twice: the highest reward on this page.",
     "Dr. GRPO": "Nothing that counts: 0.01 less reward, 0.01 more ROUGE-L. Lengths differ little here.",
-    "DAPO": "Nearest to the length of all (96%), for 0.02 of ROUGE-L and more that say a sentence twice. In reward, no "
-            "difference that three seeds could show.",
-    "GSPO": "It moves less, since its band is narrow: 84% near the length where the clip of tokens has 92%, at a higher "
-            "ROUGE-L and with fewer that say a sentence twice. In reward, no difference that shows.",
-    "CISPO": "At four steps on the whole batch and this learning rate it collapses (ROUGE-L 0.34), as without a clip: no "
-             "token ever stops. Its paper takes each step on another part of a large batch.",
+    "DAPO":
+        "Nearest to the length of all (96%), for 0.02 of ROUGE-L and more that say a sentence twice. In reward, "
+        "no difference that three seeds could show.",
+    "GSPO":
+        "It moves less, since its band is narrow: 84% near the length where the clip of tokens has 92%, at a "
+        "higher ROUGE-L and with fewer that say a sentence twice. In reward, no difference that shows.",
+    "CISPO":
+        "At four steps on the whole batch and this learning rate it collapses (ROUGE-L 0.34), as without a clip: "
+        "no token ever stops. Its paper takes each step on another part of a large batch.",
     "GDPO": "0.02 less. The two rewards of this sum pull alike, and neither hides the other.",
-    "k3": "So strong a KL, ten times the default's, holds the policy near its beginning: about half of the gain, and "
-          "nothing invented.",
-    "k3 times the ratio": "With one update the two estimators differ in direction only, and no difference shows (-0.03 to "
-                          "+0.09).",
+    "k3":
+        "So strong a KL, ten times the default's, holds the policy near its beginning: about half of the gain, "
+        "and nothing invented.",
+    "k3 times the ratio":
+        "With one update the two estimators differ in direction only, and no difference shows (-0.03 to +0.09).",
     "stale samples": "Samples that are up to nine batches old cost a third of the gain.",
     "truncated importance weights": "Two thirds of that loss are won back, in every seed, by one flag.",
-    "DPPO": "It collapses, as without a clip (ROUGE-L 0.50). A rare word may become a hundred times likelier before 0.2 of "
-            "probability stops it, and four steps at this learning rate take it there.",
-    "SAPO": "Four steps at this learning rate go far beyond where its slope fades (ROUGE-L 0.49, 22% invented). With "
-            "smaller steps it learns as grpo does: [the fork](fork.md#a-loss-sapo).",
+    "DPPO":
+        "It collapses, as without a clip (ROUGE-L 0.50). A rare word may become a hundred times likelier before "
+        "0.2 of probability stops it, and four steps at this learning rate take it there.",
+    "SAPO":
+        "Four steps at this learning rate go far beyond where its slope fades (ROUGE-L 0.49, 22% invented). With "
+        "smaller steps it learns as grpo does: [the fork](fork.md#a-loss-sapo).",
 }
 
 
