@@ -228,8 +228,9 @@ def draw(path: Path) -> None:
     """A color an age; dashed with --tis 2. Means over the seeds, and over ten steps."""
     if not any(result_of(run) for run in all_runs()):
         raise ValueError("There is no result to draw yet: python -m studies.staleness run.")
-    figure, axes = new_figure(2)
-    for ax, (beta, name, title) in zip(axes.flat, PANELS):
+    panels = [panel for panel in PANELS if any(result_of(run) for run in all_runs() if run.beta == panel[0])]
+    figure, axes = new_figure(-(-len(panels) // 3))
+    for ax, (beta, name, title) in zip(axes.flat, panels):
         for i, age in enumerate(AGES):
             for correction, style in (("none", "-"), ("tokens", "--")):
                 curves = [r["curves"][name] for r in kept(age, correction, beta) if name in r["curves"]]
