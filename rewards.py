@@ -61,14 +61,14 @@ def _measured(summary: Summary, name: str) -> float:
 # A reward is one line: a name for the expression, and a function from Summary to a number, higher meaning better.
 REWARDS: dict[str, Callable[[Summary], float]] = {
     "length": lambda s: length_penalty(s.n_tokens, s.target),
-    "length_binary": lambda s: float(length_penalty(s.n_tokens, s.target) >= -0.1),  # 1 within 10%, else 0
-    "length_saturating": lambda s: min(0.0, length_penalty(s.n_tokens, s.target) + 0.1),  # within 10% is near enough
-    "length_exp": lambda s: 2.0 ** (10 * length_penalty(s.n_tokens, s.target)),  # halved by every 10% of the target
     "rouge_l": lambda s: rouge_l(s.text, s.reference),
     "bleu": lambda s: bleu(s.text, s.reference),
     "char_bleu": lambda s: bleu(" ".join(s.text), " ".join(s.reference)),  # for Chinese, Japanese, Thai
     "meteor": lambda s: meteor(s.text, s.reference),
     "char_length": lambda s: length_penalty(len(s.text), s.target),  # right for budgets in characters
+    "length_binary": lambda s: float(length_penalty(s.n_tokens, s.target) >= -0.1),  # 1 within 10%, else 0
+    "length_saturating": lambda s: min(0.0, length_penalty(s.n_tokens, s.target) + 0.1),  # within 10% is near enough
+    "length_exp": lambda s: 2.0 ** (10 * length_penalty(s.n_tokens, s.target)),  # halved by every 10% of the target
     "copy_rate": lambda s: copy_rate(s.text, s.document),  # shares of what is bad: give them a negative weight
     "repetition": lambda s: repetition(s.text),
     "twice": lambda s: twice(s.text),

@@ -142,7 +142,7 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
         step += 1
         line["n_tokens"] = sum(int(group.mask.sum()) for group in groups)
         log.step(step, stage, line, time.monotonic() - clock)
-        stop.agree()  # under torchrun
+        ranks.stop_together(stop)  # under torchrun
         if stop.asked or step % config.save_every == 0 or step == stage.end:
             save_checkpoint(folder, model, optimizer, step)
         if stop.asked:

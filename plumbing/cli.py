@@ -182,10 +182,6 @@ class Stop:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def agree(self) -> None:
-        """All ranks stop after the same step, which ends here: whichever was asked."""
-        self.asked = self.asked or any(ranks.exchange(self.heard))
-
     def ask(self, number: int, _) -> None:
         if self.heard and number == signal.SIGINT:
             sys.exit("\nStopped at once. The last checkpoint is good; go on with --resume.")

@@ -247,6 +247,12 @@ def all_do(work: Callable[[], Any]) -> list:
     return [answer[0] for answer in answers]
 
 
+def stop_together(stop) -> None:
+    """All ranks stop after the same step, which ends here: whichever was asked (`cli.Stop`)."""
+    if _world:
+        stop.asked = stop.asked or any(exchange(stop.heard))
+
+
 def agree(what: str, value: Any, advice: str) -> None:
     """Lost where a rank says something else than rank 0."""
     for rank, said in enumerate(answers := exchange(value)):

@@ -357,7 +357,7 @@ def test_a_full_disk_leaves_what_was_saved(tmp_path, pairs):
 @pytest.mark.parametrize("platform, package", [("linux", '"mlx[cpu]"'), ("darwin", "mlx")])
 def test_a_missing_mlx_is_a_sentence(platform, package):
     """On Linux `pip install mlx` brings a package that cannot be imported: what to install is said by name."""
-    code = (f"import sys, torch; sys.modules['mlx.core'] = None; sys.platform = {platform!r}\n"
+    code = (f"import sys, psutil, torch.distributed; sys.modules['mlx.core'] = None; sys.platform = {platform!r}\n"
             f"try: import mlx_model\nexcept ValueError as e: print(e)")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert out.stdout.strip().endswith(f"pip install {package}."), out.stderr

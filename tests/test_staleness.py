@@ -266,7 +266,7 @@ def test_a_run_whose_samples_are_too_old_learns_from_fresh_ones(monkeypatch, tmp
     flags = ["--stages", "length:5", "--prompts", "2", "--group", "2", "--target", "16", "--eval-posts", "2", "--run",
              "r", "--lr", "3e-3", "--tis", "2", "--max-age", "2"]
     fresh = train.sample
-    with study.behind(3):
+    with study.behind(3), monkeypatch.context() as patch:  # which is undone before the sampler is
         stale, calls = train.sample, []
 
         def once(model, prompts, **wish):  # the loop asks; then `renew` does
@@ -274,7 +274,7 @@ def test_a_run_whose_samples_are_too_old_learns_from_fresh_ones(monkeypatch, tmp
             again = len(calls) > 1 and calls[-1] == calls[-2] and wish["temperature"] > 0
             return (fresh if again else stale)(model, prompts, **wish)
 
-        monkeypatch.setattr(train, "sample", once)
+        patch.setattr(train, "sample", once)
         assert train.main(flags) == 0
     rows = rows_of(tmp_path)
     assert [row["thrown_away"] for row in rows] == [0, 0, 0, 2, 2] and [row["age"] for row in rows] == [0, 1, 2, 0, 0]
