@@ -15,15 +15,11 @@ the last line of eval.jsonl, how many weights are not what they were, and the se
 """
 
 import argparse
-import hashlib
 import json
-import os
 import re
 import sys
 import textwrap
-import time
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -36,11 +32,11 @@ import rollout
 import train
 from config import Config
 from model import load
+from plumbing import once
 from plumbing.cli import read_arguments
 from plumbing.curves import new_figure
 from plumbing.edits import Edit, edited
 from plumbing.folder import write_file, write_text
-from plumbing.once import as_json, curves, digest, evaluations, kept, the_rest, to_its_end
 from plumbing.posts import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -281,12 +277,8 @@ class Run(NamedTuple):
         return ["--eval-posts", "50", *self.entry.flags, "--seed", str(self.seed)]
 
     @property
-    def slug(self) -> str:
-        return re.sub(r"[^\w.+-]+", "-", f"{self.name}-{self.seed}")
-
-    @property
     def result(self) -> Path:
-        return RESULTS / f"{self.slug}.json"
+        return RESULTS / f"{once.slug(self.name, self.seed)}.json"
 
     @property
     def config(self) -> Config:
@@ -296,24 +288,16 @@ class Run(NamedTuple):
     def decides(self) -> dict:
         """All that decides a run: where one of it is another, the run is done again."""
         edits = [[e.function.__qualname__, e.old, e.new] for e in self.entry.edits]
-        return {"config": as_json(self.config), "edits": edits, "model": embedded()}
+        return {"config": once.as_json(self.config), "edits": edits, "model": once.embedded("train", "val")}
 
     @property
     def folder(self) -> Path:
-        digest = hashlib.sha256(json.dumps(self.decides).encode()).hexdigest()[:6]
-        return Path("runs") / f"break-{self.slug}-{digest}"
-
-
-@lru_cache
-def embedded() -> str:
-    """A hash of the embedded model and its posts."""
-    names = ("model.safetensors", "tokenizer.json", "train.jsonl", "val.jsonl")
-    return digest(TINY / name for name in names)
+        return once.run_folder(f"break-{once.slug(self.name, self.seed)}", json.dumps(self.decides))
 
 
 def result_of(run: Run) -> dict | None:
     """What was kept of a run, if it was one of these settings, these edits and this model."""
-    return kept(run.result, run.config, Config(), edits=run.decides["edits"], model=run.decides["model"])
+    return once.kept(run.result, run.config, Config(), edits=run.decides["edits"], model=run.decides["model"])
 
 
 def train_broken(run: Run) -> int:
@@ -325,11 +309,9 @@ def train_broken(run: Run) -> int:
 
 def do(run: Run, threads: int) -> dict:
     """Train, or go on, and keep the result. RuntimeError if the run neither reaches its end nor explodes."""
-    begun = time.monotonic()
     command = [sys.executable, "-m", "studies.break_it", "one", "--only", run.name, "--seeds", str(run.seed)]
-    ended = to_its_end(command, run.folder, ROOT, threads)
-    result = {**run.decides, "ended": ended, "curves": curves(run.folder, CURVES), "val": evaluations(run.folder),
-              "moved": None if ended else moved(run), "seconds": round(time.monotonic() - begun)}
+    result = {**run.decides, **once.short_run(command, run.folder, ROOT, threads, CURVES)}
+    result["moved"] = None if result["ended"] else moved(run)
     write_text(run.result, json.dumps(result) + "\n")
     return result
 
@@ -357,16 +339,12 @@ def at_the_end(result: dict, look: str) -> float | None:
 
 def cell(values: Sequence[float | None], look: str) -> str:
     """Mean (least..most) over the seeds, shares in per cent."""
-    there = [value for value in values if value is not None]
-    if not there:
-        return "-"
-
     def form(x: float) -> str:
         if look.removeprefix("held out, ") not in SHARES:
             return f"{x:.3g}"
         return f"{x:.0%}" if x >= 0.1 else f"{100 * x:.2g}%"
 
-    return form(fmean(there)) + (f" ({form(min(there))}..{form(max(there))})" if len(there) > 1 else "")
+    return once.spread(values, form)
 
 
 def results(name: str) -> list[dict]:
@@ -448,14 +426,8 @@ def draw(path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m studies.break_it", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", nargs="?", default="run", choices=("run", "tables", "figures", "healthy", "one"),
-                        help="default: run; one is what run begins for each run, in a process of its own")
-    parser.add_argument("--only", default="", help="a regular expression: mistakes to run, and what stands beside them")
-    parser.add_argument("--seeds", type=int, default=3, help="so many seeds of each (for one: the seed)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
-    args = parser.parse_args(argv)
+    args = once.arguments("break_it", __doc__, ("run", "tables", "figures", "healthy", "one"),
+                          "mistakes to run, and what stands beside them").parse_args(argv)
     if args.action == "one":
         return train_broken(Run(args.only, args.seeds))
     page = ROOT / "docs" / "break-it.md"
@@ -464,7 +436,7 @@ def main(argv: list[str] | None = None) -> int:
             run_all(args)
         if args.action == "healthy":
             runs = [Run(name, seed) for name, seeds in HEALTHY.items() for seed in seeds]
-            the_rest([run for run in runs if re.search(args.only, run.name)], result_of, do, args.jobs)
+            once.the_rest([run for run in runs if re.search(args.only, run.name)], result_of, do, args.jobs)
             return 0
         if args.action in ("run", "tables"):
             head, heading, _ = page.read_text(encoding="utf-8").partition("## The numbers\n\n")
@@ -482,7 +454,7 @@ def run_all(args: argparse.Namespace) -> None:
     """What has no result yet, `args.jobs` runs at a time, seed by seed."""
     names = [name for name, entry in GALLERY.items() if entry.says and re.search(args.only, name)]
     names = list(dict.fromkeys(each for name in names for each in (GALLERY[name].beside, name)))
-    the_rest([Run(name, seed) for seed in range(args.seeds) for name in names], result_of, do, args.jobs)
+    once.the_rest([Run(name, seed) for seed in range(args.seeds) for name in names], result_of, do, args.jobs)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,9 @@ What is kept of a run, one small file in studies/results/distill/, has no texts:
 and its posts, evaluations and the mean teacher_kl between them.
 """
 
-import argparse
-import hashlib
 import json
-import os
 import re
-import subprocess
 import sys
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -28,16 +23,14 @@ from typing import NamedTuple
 
 from config import Config
 from plumbing.cli import read_arguments
-from plumbing.folder import read_json, write_text
+from plumbing.folder import write_text
 from plumbing.log import read_lines
-from plumbing.once import as_json, digest, same_settings, side_by_side
-from plumbing.posts import TINY
+from plumbing.once import arguments, as_json, embedded, kept, run_folder, slug, spread, the_rest, to_its_end
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "distill"
 PAGE = ROOT / "docs" / "distill.md"
-RUNS = ROOT / "runs"
-SEEDS = 3
+SEEDS, SPLITS = 3, ("train", "test")
 LENGTH, REWARD = (text.rpartition(":")[0] for text in Config().stages)
 FIRST, TOTAL = 40, 220  # the default's steps for the length alone, and all of them
 SHOWN = (0, 5, 10, 20, 40, 80, 120, 160, 220)  # steps of the table
@@ -77,24 +70,12 @@ class Run(NamedTuple):
         return read_arguments(Config, self.flags, "")[0]
 
     @property
-    def slug(self) -> str:
-        return re.sub(r"[^\w.+-]+", "-", f"{self.name}-{self.seed}")
-
-    @property
     def result(self) -> Path:
-        return RESULTS / f"{self.slug}.json"
+        return RESULTS / f"{slug(self.name, self.seed)}.json"
 
     @property
     def folder(self) -> Path:
-        """Named by all that decides, so that a run of other settings or of another model has another folder."""
-        decides = json.dumps(as_json(self.config)) + embedded()
-        return RUNS / f"distill-{self.slug}-{hashlib.sha256(decides.encode()).hexdigest()[:6]}"
-
-
-@lru_cache
-def embedded() -> str:
-    """A hash of the embedded model and its posts."""
-    return digest(TINY / name for name in ("model.safetensors", "tokenizer.json", "train.jsonl", "test.jsonl"))
+        return run_folder(f"distill-{slug(self.name, self.seed)}", json.dumps(as_json(self.config)) + embedded(*SPLITS))
 
 
 def pieces(ends: tuple[int, ...], by_length_first: bool) -> list[str]:
@@ -112,50 +93,38 @@ def pieces(ends: tuple[int, ...], by_length_first: bool) -> list[str]:
 
 def result_of(run: Run) -> dict | None:
     """What was kept of a run, if it was one of these settings and of this model."""
-    if not run.result.exists():
-        return None
-    result = read_json(run.result)
-    return result if same_settings(result["config"], run.config, Config()) and result["model"] == embedded() else None
+    return kept(run.result, run.config, Config(), model=embedded(*SPLITS))
 
 
-def do(run: Run, threads: int) -> None:
+def do(run: Run, threads: int) -> dict:
     """Train, or go on, and keep the result. RuntimeError if the run does not reach its end."""
-    flags = ["--run", run.folder.name]
-    flags += ["--resume"] if (run.folder / "config.json").exists() else run.flags
-    run.folder.mkdir(parents=True, exist_ok=True)
-    settings = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"}
-    with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
-        code = subprocess.run([sys.executable, ROOT / "train.py", *flags], stdout=log, stderr=log, env=settings,
-                              cwd=RUNS.parent).returncode
-    evaluations = read_lines(run.folder / "eval.jsonl")
-    if code or len(evaluations) != len(run.config.stages) + 1:
-        last = (run.folder / "log.txt").read_text(encoding="utf-8").splitlines()[-1]
-        raise RuntimeError(f"{run.folder} did not reach its end: {last}. The same command goes on with it.")
-    rows = read_lines(run.folder / "metrics.jsonl")
-    result = {"config": as_json(run.config), "model": embedded(),
+    flags = ["--resume"] if (run.folder / "config.json").exists() else run.flags
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "--run", run.folder.name]
+    if ended := to_its_end(command, run.folder, ROOT, threads, lines=len(run.config.stages) + 1):
+        raise RuntimeError(f"{run.folder}: {ended}.")
+    evaluations, rows = (read_lines(run.folder / name) for name in ("eval.jsonl", "metrics.jsonl"))
+    result = {"config": as_json(run.config), "model": embedded(*SPLITS), "ended": "",
               "evaluations": [{name: row[name] for name in KEPT} for row in evaluations],
               "seconds": round(sum(row["seconds"] for row in rows))}
     if run.teacher:
         result["teacher_kl"] = [round(fmean(row["teacher_kl"] for row in rows if begin < row["step"] <= end), 4)
                                 for begin, end in pairwise(row["step"] for row in evaluations)]
     write_text(run.result, json.dumps(result) + "\n")
+    return result
 
 
 def run_all(names: list[str], seeds: int, jobs: int) -> None:
     """What has no result yet, and the teachers that such runs need: first without a teacher, then with one."""
-    wanted = [run for seed in range(seeds) for name in names if not result_of(run := Run(name, seed))]
-    without = [run for run in wanted if not run.teacher]
-    without += [run.teacher for run in wanted if run.teacher and not (run.teacher.folder / "model").is_dir()]
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    wanted = [Run(name, seed) for seed in range(seeds) for name in names]
+    students = [run for run in wanted if run.teacher]
+    needed = {run.teacher for run in students if not result_of(run)}  # of these, the weights are needed as well
 
-    def job(run: Run) -> None:
-        do(run, threads)
-        print(f"  {run.name}, seed {run.seed}: {read_json(run.result)['seconds']} s", flush=True)
+    def result_and_weights(run: Run) -> dict | None:
+        return result_of(run) if run not in needed or (run.folder / "model").is_dir() else None
 
-    for some in (list(dict.fromkeys(without)), [run for run in wanted if run.teacher]):
-        if some:
-            print(f"{len(some)} runs to do, {jobs} at a time, {threads} threads each", flush=True)
-        side_by_side(job, some, jobs)
+    the_rest(list(dict.fromkeys([run for run in wanted if not run.teacher] + [run for run in needed if run])),
+             result_and_weights, do, jobs)
+    the_rest(students, result_of, do, jobs)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -185,12 +154,8 @@ def found(name: str) -> dict[int, dict]:
 
 def cell(values: list[float], form: str = "{:.2f}") -> str:
     """Mean (least..most) over the seeds."""
-    if not values:
-        return "-"
-    if max(values) == float("inf"):
-        return f"never in {sum(value == float('inf') for value in values)} of {len(values)}"
-    mean, least, most = (form.format(x) for x in (fmean(values), min(values), max(values)))
-    return f"{mean} ({least}..{most})" if len(values) > 1 else mean
+    never = sum(value == float("inf") for value in values)
+    return f"never in {never} of {len(values)}" if never else spread(values, form.format)
 
 
 def make_tables() -> str:
@@ -228,13 +193,7 @@ def until(seed: int, result: dict, share: float) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m studies.distill", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", nargs="?", default="run", choices=("run", "tables"), help="default: run")
-    parser.add_argument("--only", default="", help="a regular expression: the runs to do, and their teachers")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"so many seeds of each; the tables show {SEEDS}")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
-    args = parser.parse_args(argv)
+    args = arguments("distill", __doc__, ("run", "tables"), "the runs to do, and their teachers").parse_args(argv)
     try:
         if args.action == "run":
             run_all([name for name in ARMS if re.search(args.only, name)], args.seeds, args.jobs)

@@ -11,7 +11,6 @@ embedded model, are paid alike, and learn from the same posts in the same order.
 updates takes four steps on each. What is kept of a run, one small file, has no texts.
 """
 
-import argparse
 import copy
 import json
 import os
@@ -20,13 +19,11 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from statistics import fmean
 from types import ModuleType
 from typing import NamedTuple
 
@@ -39,12 +36,11 @@ import rewards
 import task
 import train
 from config import Config, parse_stages
+from plumbing import once
 from plumbing.cli import read_arguments
 from plumbing.edits import Edit, edited, replaced
 from plumbing.folder import write_text
 from plumbing.noise import cosine, noise
-from plumbing.once import as_json, curves, digest, evaluations, kept, side_by_side, the_rest, to_its_end
-from plumbing.posts import TINY
 from rollout import sample
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -243,16 +239,12 @@ class Run(NamedTuple):
         return [*SHARED, *self.rung.flags, "--seed", str(self.seed)]
 
     @property
-    def slug(self) -> str:
-        return re.sub(r"[^\w.+-]+", "-", f"{self.name}-{self.seed}")
-
-    @property
     def result(self) -> Path:
-        return RESULTS / f"{self.slug}.json"
+        return RESULTS / f"{once.slug(self.name, self.seed)}.json"
 
     @property
     def folder(self) -> Path:
-        return Path("runs") / f"ladder-{self.slug}"
+        return Path("runs") / f"ladder-{once.slug(self.name, self.seed)}"
 
     @property
     def config(self) -> Config:
@@ -261,7 +253,7 @@ class Run(NamedTuple):
     @property
     def decides(self) -> dict:
         """All that decides a run: where one of it is another, the run is done again."""
-        return {"config": as_json(self.config), "edits": self.edits, "model": embedded()}
+        return {"config": once.as_json(self.config), "edits": self.edits, "model": once.embedded("train", "val")}
 
     @property
     def edits(self) -> list[list[str]]:
@@ -273,12 +265,6 @@ def settings(flags: Sequence[str]) -> Config:
     """The flags as train.py reads them, but for a loss that is a fork's."""
     config, _, _ = read_arguments(Config, ["grpo" if word == "sapo" else word for word in flags], "")
     return replace(config, loss="sapo") if "sapo" in flags else config
-
-
-@lru_cache
-def embedded() -> str:
-    """A hash of the embedded model and its posts."""
-    return digest(TINY / name for name in ("model.safetensors", "tokenizer.json", "train.jsonl", "val.jsonl"))
 
 
 def hunks(heading: str) -> list[tuple[str, str, str]]:
@@ -307,7 +293,7 @@ def forked(heading: str) -> dict[str, str]:
 
 def result_of(run: Run) -> dict | None:
     """What was kept of a run, if it was one of these settings, these edits and this model."""
-    return kept(run.result, run.config, Config(), edits=run.decides["edits"], model=run.decides["model"])
+    return once.kept(run.result, run.config, Config(), edits=run.decides["edits"], model=run.decides["model"])
 
 
 def do(run: Run, threads: int) -> dict:
@@ -316,7 +302,6 @@ def do(run: Run, threads: int) -> dict:
     A run takes a minute: one that was stopped is begun anew.
     """
     shutil.rmtree(run.folder, ignore_errors=True)
-    begun = time.monotonic()
     command = [sys.executable, "-m", "studies.ladder", "one", "--only", run.name, "--seeds", str(run.seed)]
     if run.rung.fork:  # the fork's files come first, and all others are the project's own
         first = run.folder / "fork"
@@ -324,9 +309,7 @@ def do(run: Run, threads: int) -> dict:
             write_text(first / path, text)
         command = [sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); import train; "
                    "sys.exit(train.main())", str(first.resolve()), *run.flags, "--run", run.folder.name]
-    ended = to_its_end(command, run.folder, ROOT, threads)
-    result = {**run.decides, "ended": ended, "curves": curves(run.folder, CURVES), "val": evaluations(run.folder),
-              "seconds": round(time.monotonic() - begun)}
+    result = {**run.decides, **once.short_run(command, run.folder, ROOT, threads, CURVES)}
     write_text(run.result, json.dumps(result) + "\n")
     return result
 
@@ -359,7 +342,8 @@ def measured(name: str, place: str) -> bool:
 def noise_of(name: str, place: str) -> dict | None:
     """What was kept of a rung's gradient there, if it was this rung."""
     run = Run(name, 0)
-    return kept(noise_file(name, place), run.config, Config(), edits=run.edits, model=embedded(), batches=BATCHES)
+    return once.kept(noise_file(name, place), run.config, Config(), edits=run.edits, model=run.decides["model"],
+                     batches=BATCHES)
 
 
 def noise_file(name: str, place: str) -> Path:
@@ -491,9 +475,8 @@ def held_out(row: dict, what: str) -> float:
 
 def cell(values: Sequence[float], what: str, form: str = "") -> str:
     """Mean (least..most) over the seeds, shares in per cent."""
-    share = what in ("within_10pct", "invented", "twice")
-    texts = [f"{100 * x:{form}.1f}%" if share else f"{x:{form}.3f}" for x in (fmean(values), min(values), max(values))]
-    return texts[0] + (f" ({texts[1].removesuffix('%')}..{texts[2]})" if len(values) > 1 else "")
+    form += ".1%" if what in ("within_10pct", "invented", "twice") else ".3f"
+    return once.spread(values, lambda x: format(x, form))
 
 
 def anchor(name: str) -> str:
@@ -510,7 +493,7 @@ def held_out_table() -> str:
         text += f"| before | | {' | '.join(cell([held_out(row, what)], what) for what in SEEN)} | |\n"
     for name, found in done.items():
         ends = [r["val"][-1] for r in found if not r["ended"]]
-        cells = [cell([held_out(row, what) for row in ends], what) if ends else "-" for what in SEEN]
+        cells = [cell([held_out(row, what) for row in ends], what) for what in SEEN]
         ended = "".join(f"; {r['ended']}" for r in found if r["ended"])
         text += f"| [{name}](#{anchor(name)}) | {len(found)}{ended} | {' | '.join(cells)} | {against(name)} |\n"
     return text
@@ -572,14 +555,8 @@ def command(name: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m studies.ladder", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", nargs="?", default="run", choices=("run", "variance", "tables", "one", "place"),
-                        help="default: run; one and place are what run and variance begin, in a process of their own")
-    parser.add_argument("--only", default="", help="a regular expression: rungs to run, and what stands beside them")
-    parser.add_argument("--seeds", type=int, default=3, help="so many seeds of each (for one: the seed)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
-    args = parser.parse_args(argv)
+    args = once.arguments("ladder", __doc__, ("run", "variance", "tables", "one", "place"),
+                          "rungs to run, and what stands beside them").parse_args(argv)
     if args.action == "one":
         return train_edited(Run(args.only, args.seeds))
     try:
@@ -588,11 +565,12 @@ def main(argv: list[str] | None = None) -> int:
         elif args.action == "run":
             names = [name for name in RUNGS if re.search(args.only, name)]
             names = [name for name in RUNGS if name in names or name in [RUNGS[each].beside for each in names]]
-            the_rest([Run(name, seed) for seed in range(args.seeds) for name in names], result_of, do, args.jobs)
+            once.the_rest([Run(name, seed) for seed in range(args.seeds) for name in names], result_of, do, args.jobs)
         elif args.action == "variance":
             for steps in {steps for place in PLACES.values() for steps in place}:
                 weights_after(steps)  # before two processes want them
-            side_by_side(partial(measure_apart, threads=max(1, (os.cpu_count() or 1) // args.jobs)), PLACES, args.jobs)
+            threads = max(1, (os.cpu_count() or 1) // args.jobs)
+            once.side_by_side(partial(measure_apart, threads=threads), PLACES, args.jobs)
         if args.action != "place":
             page = ROOT / "docs" / "ladder.md"
             head, _, _ = page.read_text(encoding="utf-8").partition("## Held out\n\n")

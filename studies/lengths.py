@@ -13,14 +13,11 @@ step by step, lengths and metrics of greedy summaries of test posts, and the len
 """
 
 import argparse
-import hashlib
 import json
-import os
 import re
 import sys
 import time
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -34,7 +31,7 @@ from model import load
 from plumbing.cli import read_arguments
 from plumbing.folder import write_text
 from plumbing.log import read_lines
-from plumbing.once import as_json, digest, kept, the_rest, to_its_end
+from plumbing.once import arguments, as_json, embedded, kept, run_folder, the_rest, to_its_end
 from plumbing.posts import TINY, load_posts
 from plumbing.tables import Column, table
 from plumbing.words import find_wordnet
@@ -46,6 +43,7 @@ RESULTS = Path(__file__).parent / "results" / "lengths"
 PAGE, BEGIN, END = ROOT / "docs" / "rewards.md", "<!-- python -m studies.lengths tables -->\n", "<!-- until here -->\n"
 FORMS = {"linear": "length", "binary": "length_binary", "saturating": "length_saturating", "exponential": "length_exp"}
 TARGETS, SEEDS, STEPS, POSTS, GROUPS = (40, 20), 3, 80, 200, 64
+SPLITS = ("train", "val", "test")
 COLUMNS = {
     "flat before": Column("flat groups before", "{:.0%}", tested=False),
     "flat after": Column("after", "{:.0%}", tested=False), "half way": Column("half way, step", "{:.0f}", tested=False),
@@ -85,23 +83,14 @@ class Run(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """Named by all that decides, so that a run with another weight has another folder."""
-        decides = json.dumps(as_json(self.config)) + embedded()
-        return Path("runs") / f"lengths-{self.slug}-{hashlib.sha256(decides.encode()).hexdigest()[:6]}"
-
-
-@lru_cache
-def embedded() -> str:
-    """A hash of the embedded model and its posts."""
-    return digest(TINY / name for name in ("model.safetensors", "tokenizer.json", "train.jsonl", "val.jsonl",
-                                           "test.jsonl"))
+        return run_folder(f"lengths-{self.slug}", json.dumps(as_json(self.config)) + embedded(*SPLITS))
 
 
 def result_of(run: Run) -> dict | None:
     """What was kept of a run, if it was one of these settings and of this model."""
     if run.form != "untrained" and not result_of(Run("untrained", run.target, 0)):
         return None  # its weight is not known
-    return kept(run.result, run.config, Config(), model=embedded())
+    return kept(run.result, run.config, Config(), model=embedded(*SPLITS))
 
 
 # --- the signal of a reward -------------------------------------------------------------------------------------------
@@ -167,7 +156,7 @@ def measure_and_keep(run: Run) -> dict:
     model, tokenizer = load(run.folder / "model" if trained else TINY)
     rows = evaluate(model, tokenizer, load_posts("tiny", "test")[:POSTS], run.config)["summaries"]
     steps = read_lines(run.folder / "metrics.jsonl") if trained else []
-    result = {"config": as_json(run.config), "model": embedded(), "wordnet": bool(find_wordnet()),
+    result = {"config": as_json(run.config), "model": embedded(*SPLITS), "wordnet": bool(find_wordnet()),
               "curve": [round(row["within_10pct"], 4) for row in steps],
               "sampled": sampled(model, tokenizer, run.config),
               "scores": {name: [round(float(row[name]), 4) for row in rows]
@@ -232,14 +221,7 @@ def make_tables() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m studies.lengths", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", nargs="?", default="run", choices=("run", "tables", "one"),
-                        help="default: run; one is what run begins for each run, in a process of its own")
-    parser.add_argument("--only", default="", help="a regular expression: runs such as binary-20-0 (for one: its name)")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="so many seeds of each")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
-    args = parser.parse_args(argv)
+    args = arguments("lengths", __doc__, ("run", "tables", "one"), "runs such as binary-20-0").parse_args(argv)
     try:
         if args.action == "one":
             form, target, seed = args.only.rsplit("-", 2)

@@ -15,7 +15,6 @@ Test posts decide nothing: the learning rate, the KL's weight and what gdpo is t
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -24,7 +23,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -37,15 +35,16 @@ from eval import evaluate, scorers_of
 from metrics import own_shares, twice
 from model import load
 from plumbing.cli import read_arguments
-from plumbing.folder import read_json, write_text
+from plumbing.folder import write_text
 from plumbing.log import read_lines
-from plumbing.once import digest, same_settings, side_by_side
+from plumbing.once import embedded, kept, run_folder, side_by_side, slug
 from plumbing.posts import TINY, load_posts
 from plumbing.tables import Column, table
 from plumbing.words import find_wordnet
 from task import within
 
 RESULTS = Path(__file__).parent / "results"
+SPLITS = ("train", "val", "test")
 QUALITIES = ("rouge_l", "meteor", "bleu", "rouge_l+meteor", "rouge_l+bleu", "meteor+bleu", "rouge_l+meteor+bleu")
 RATES, BETAS, TUNING_SEED = (3e-4, 6e-4, 1.2e-3), (0.05, 0.1, 0.2), 9  # a seed that no table has
 
@@ -63,25 +62,13 @@ class Run(NamedTuple):
         return read_arguments(Config, [*self.flags, "--seed", str(self.seed)], "")[0]
 
     @property
-    def slug(self) -> str:
-        return re.sub(r"[^\w.+-]+", "-", f"{self.name}-{self.seed}")
-
-    @property
     def result(self) -> Path:
-        return RESULTS / self.set / f"{self.slug}.json"
+        return RESULTS / self.set / f"{slug(self.name, self.seed)}.json"
 
     @property
     def folder(self) -> Path:
-        """Named by all that decides, so that a run of other settings or of another model has another folder."""
-        decides = json.dumps(asdict(self.config)) + embedded()
-        return Path("runs") / f"{self.set}-{self.slug}-{hashlib.sha256(decides.encode()).hexdigest()[:6]}"
-
-
-@lru_cache
-def embedded() -> str:
-    """A hash of the embedded model and its posts."""
-    names = ("model.safetensors", "tokenizer.json", "train.jsonl", "val.jsonl", "test.jsonl")
-    return digest(TINY / name for name in names)
+        decides = json.dumps(asdict(self.config)) + embedded(*SPLITS)
+        return run_folder(f"{self.set}-{slug(self.name, self.seed)}", decides)
 
 
 # --- your experiment starts here --------------------------------------------------------------------------------------
@@ -205,11 +192,7 @@ def best(grid: list[Run], n: int = 4) -> list[str]:
 
 def result_of(run: Run) -> dict | None:
     """What was kept of a run, if it was one of these settings and of this model."""
-    if not run.result.exists():
-        return None
-    result = read_json(run.result)
-    same = same_settings(result["config"], run.config, Config()) and result["model"] == embedded()
-    return result if same else None
+    return kept(run.result, run.config, Config(), model=embedded(*SPLITS))
 
 
 def train(run: Run, threads: int) -> None:
@@ -232,7 +215,7 @@ def keep(run: Run, n: int) -> dict:
     """Measure a finished run on the first n test posts, write its result and give it back."""
     rows = read_lines(run.folder / "metrics.jsonl")
     kl = [row["kl"] for row in rows[-10:] if row["kl"] is not None]
-    result = {"config": asdict(run.config), "model": embedded(), "wordnet": bool(find_wordnet()), "posts": n,
+    result = {"config": asdict(run.config), "model": embedded(*SPLITS), "wordnet": bool(find_wordnet()), "posts": n,
               "kl": fmean(kl) if kl else None, "seconds": round(sum(row["seconds"] for row in rows)),
               "val": (read_lines(run.folder / "eval.jsonl") or [{}])[-1]}
     if run.set != "tune":

@@ -13,18 +13,13 @@ anew: its old weights are gone.
 What is kept of a run, one small file, has no texts: settings, curves, and the evaluations before and after.
 """
 
-import argparse
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -33,10 +28,8 @@ import train
 from config import Config
 from plumbing.cli import read_arguments
 from plumbing.curves import new_figure
-from plumbing.folder import read_json, write_file, write_text
-from plumbing.log import read_lines
-from plumbing.once import as_json, digest, same_settings, side_by_side
-from plumbing.posts import TINY
+from plumbing.folder import write_file, write_text
+from plumbing.once import arguments, as_json, embedded, kept, short_run, spread, the_rest
 from plumbing.staleness import weights_of_now, with_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,19 +112,9 @@ def behind(age: int) -> Iterator[None]:
         train.sample = own
 
 
-@lru_cache
-def embedded() -> str:
-    """A hash of the embedded model and its posts."""
-    return digest(TINY / name for name in ("model.safetensors", "tokenizer.json", "train.jsonl", "val.jsonl"))
-
-
 def result_of(run: Run) -> dict | None:
     """What was kept of a run, if it was one of these settings and this model."""
-    if not run.result.exists():
-        return None
-    result = read_json(run.result)
-    same = result["age"] == run.age and result["model"] == embedded()
-    return result if same and same_settings(result["config"], run.config, Config()) else None
+    return kept(run.result, run.config, Config(), age=run.age, model=embedded("train", "val"))
 
 
 def train_stale(run: Run) -> int:
@@ -143,22 +126,9 @@ def train_stale(run: Run) -> int:
 def do(run: Run, threads: int) -> dict:
     """Train and keep the result. RuntimeError if the run neither reaches its end nor explodes."""
     shutil.rmtree(run.folder, ignore_errors=True)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    begun = time.monotonic()
-    settings = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "studies.staleness", "one", "--only", run.slug]
-    said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=settings, encoding="utf-8")
-    last = (said.stdout.splitlines() or [""])[-1]
-    exploded = re.search(r"train.py: (.* in step \d+)", last)
-    evals = read_lines(run.folder / "eval.jsonl")
-    if not exploded and (said.returncode or len(evals) < 2):
-        raise RuntimeError(f"{run.folder} did not reach its end: {last}. The same command begins it anew.")
-    rows = read_lines(run.folder / "metrics.jsonl")
-    curves = {name: [None if row.get(name) is None else float(f"{row[name]:.4g}") for row in rows]
-              for name in CURVES if name in rows[-1]}
-    val = [{name: value for name, value in row.items() if name != "lengths"} for row in evals]
-    result = {"config": as_json(run.config), "age": run.age, "model": embedded(), "curves": curves, "val": val,
-              "ended": exploded[1] if exploded else "", "seconds": round(time.monotonic() - begun)}
+    result = {"config": as_json(run.config), "age": run.age, "model": embedded("train", "val"),
+              **short_run(command, run.folder, ROOT, threads, CURVES)}
     write_text(run.result, json.dumps(result) + "\n")
     return result
 
@@ -181,7 +151,7 @@ COLUMNS = (("reward", "reward", "{:.2f}"), ("within 10%", "within_10pct", "{:.0%
            ("largest", "tis_max", "{:.2f}"), ("effective", "tis_ess", "{:.0%}"))
 
 
-def kept(age: int, correction: str, beta: float) -> list[dict]:
+def results(age: int, correction: str, beta: float) -> list[dict]:
     """What there is of a setting, one a seed."""
     return [r for seed in range(SEEDS) if (r := result_of(Run(age, correction, beta, seed)))]
 
@@ -191,24 +161,12 @@ def make_table() -> str:
     lines = [f"| `--beta` | age | correction | seeds | {' | '.join(title for title, *_ in COLUMNS)} |",
              "| --- " * (len(COLUMNS) + 4) + "|"]
     for age, correction, beta, _ in all_runs(1):
-        there = kept(age, correction, beta)
+        there = results(age, correction, beta)
         if there:
-            cells = [cell([at_the_end(r, name) for r in there], form) for _, name, form in COLUMNS]
+            cells = [spread([at_the_end(r, name) for r in there], form.format) for _, name, form in COLUMNS]
             ended = "".join(f"; {r['ended']}" for r in there if r["ended"])
             lines.append(f"| {beta:g} | {age} | {correction} | {len(there)}{ended} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def cell(values: Sequence[float | None], form: str) -> str:
-    """
-    >>> cell([0.25, 0.75, None], "{:.2f}"), cell([None], "{:.2f}")
-    ('0.50 (0.25..0.75)', '-')
-    """
-    there = [value for value in values if value is not None]
-    if not there:
-        return "-"
-    spread = f" ({form.format(min(there))}..{form.format(max(there))})" if len(there) > 1 else ""
-    return form.format(fmean(there)) + spread
 
 
 def with_table(text: str, table: str) -> str:
@@ -233,8 +191,8 @@ def draw(path: Path) -> None:
     for ax, (beta, name, title) in zip(axes.flat, panels):
         for i, age in enumerate(AGES):
             for correction, style in (("none", "-"), ("tokens", "--")):
-                curves = [r["curves"][name] for r in kept(age, correction, beta) if name in r["curves"]]
-                mean = [fmean(values) for values in zip(*curves)]
+                found = [r["curves"][name] for r in results(age, correction, beta) if name in r["curves"]]
+                mean = [fmean(values) for values in zip(*found)]
                 smooth = [fmean(mean[max(0, n - LAST):n]) for n in range(1, len(mean) + 1)]
                 label = f"age {age}{', --tis 2' if style == '--' else ''}"
                 ax.plot(range(1, len(mean) + 1), smooth, style, lw=1.4, color=f"C{i}", label=label)
@@ -252,19 +210,13 @@ def draw(path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m studies.staleness", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", nargs="?", default="run", choices=("run", "tables", "figures", "one"),
-                        help="default: run; one is what run begins for each run, in a process of its own")
-    parser.add_argument("--only", default="", help="a regular expression: runs such as \"16 steps, tokens, beta 0.1\"")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="so many seeds of each")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
-    args = parser.parse_args(argv)
+    args = arguments("staleness", __doc__, ("run", "tables", "figures", "one"),
+                     'runs such as "16 steps, tokens, beta 0.1"').parse_args(argv)
     if args.action == "one":
         return train_stale(next(run for run in all_runs() if run.slug == args.only))
     try:
         if args.action == "run":
-            run_all(args)
+            the_rest([run for run in all_runs(args.seeds) if re.search(args.only, run.name)], result_of, do, args.jobs)
         if args.action in ("run", "tables"):
             write_text(PAGE, with_table(PAGE.read_text(encoding="utf-8"), make_table()))
             print(f"{sum(bool(result_of(run)) for run in all_runs())} of {len(all_runs())} runs are in {PAGE}.")
@@ -274,21 +226,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"staleness: {e}", file=sys.stderr)
         return 1
     return 0
-
-
-def run_all(args: argparse.Namespace) -> None:
-    """What has no result yet, `args.jobs` runs at a time, seed by seed."""
-    wanted = [run for run in all_runs(args.seeds) if re.search(args.only, run.name)]
-    left = [run for run in wanted if not result_of(run)]
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    print(f"{len(left)} of {len(wanted)} runs to do, {args.jobs} at a time, {threads} threads each", flush=True)
-
-    def job(run: Run) -> None:
-        result = do(run, threads)
-        print(f"  {run.name}, seed {run.seed}: {result['seconds']} s{' ' * bool(result['ended'])}{result['ended']}",
-              flush=True)
-
-    side_by_side(job, left, args.jobs)
 
 
 if __name__ == "__main__":

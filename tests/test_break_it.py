@@ -60,7 +60,7 @@ def test_every_mistake_says_what_it_is_and_stands_beside_another_run():
         assert entry.says and entry.why and entry.mend and entry.look in (*break_it.CURVES, "moved", "reward/rouge_l")
         assert (entry.flags, entry.edits) != (beside.flags, beside.edits)
         assert Run(name, 0).decides["config"]["stages"][0].endswith(":50")
-    assert len({Run(name, 0).slug for name in GALLERY}) == len(GALLERY) and set(break_it.PANELS) <= set(SICK)
+    assert len({Run(name, 0).result for name in GALLERY}) == len(GALLERY) and set(break_it.PANELS) <= set(SICK)
 
 
 # --- masks and tokens -------------------------------------------------------------------------------------------------

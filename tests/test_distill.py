@@ -16,7 +16,8 @@ def study(tmp_path, monkeypatch):
     """Results and runs of its own."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "tiny").symlink_to(TINY)
-    for name, path in (("RUNS", "runs"), ("RESULTS", "results"), ("PAGE", "page.md")):
+    monkeypatch.chdir(tmp_path)
+    for name, path in (("RESULTS", "results"), ("PAGE", "page.md")):
         monkeypatch.setattr(distill, name, tmp_path / path)
     return tmp_path
 
@@ -26,8 +27,9 @@ def keep(run, rewards, **more):
     rows = [{"step": s, "reward": r, "length": 40.0, "within_10pct": 0.8, "rouge_l": 0.9, "invented": 0.001}
             for s, r in rewards.items()]
     run.result.parent.mkdir(exist_ok=True)
-    run.result.write_text(json.dumps({"config": asdict(run.config), "model": distill.embedded(), "seconds": 1,
-                                      "evaluations": rows, **more}), encoding="utf-8")
+    model = distill.embedded(*distill.SPLITS)
+    run.result.write_text(json.dumps({"config": asdict(run.config), "model": model, "seconds": 1, "evaluations": rows,
+                                      **more}), encoding="utf-8")
 
 
 def test_a_curve_is_read_between_its_points():
@@ -91,22 +93,23 @@ def test_the_study_runs_keeps_and_makes_its_page(study, monkeypatch, capsys):
     distill.PAGE.write_text("# Page\n\n## The numbers\n\nold\n", encoding="utf-8")
     assert distill.main(["run", "--seeds", "1", "--jobs", "1"]) == 0
     out = capsys.readouterr().out
-    assert out.index("GRPO, the teacher, seed 0") < out.index("distilled, seed 0") and "2 of 6 runs" in out
+    assert out.index("GRPO, the teacher, seed 0") < out.index("distilled, seed 0") and "2 of 6 runs are in" in out
     result = result_of(Run("distilled", 0))
     assert [row["step"] for row in result["evaluations"]] == [0, 1, 2] and len(result["teacher_kl"]) == 2
     assert "summar" not in json.dumps(result["evaluations"]) and str(study) not in json.dumps(result)
     page = distill.PAGE.read_text(encoding="utf-8")
     assert page.startswith("# Page\n\n## The numbers\n\n| held-out reward") and "old" not in page
     assert distill.main(["run", "--seeds", "1"]) == 0
-    assert "to do" not in capsys.readouterr().out
+    assert "1 of 1 runs" not in capsys.readouterr().out
     Run(TEACHER, 0).result.unlink()
     assert distill.main(["run", "--seeds", "1", "--only", "^distilled"]) == 0  # whose result is there
-    assert "to do" not in capsys.readouterr().out
+    assert "1 of 1 runs" not in capsys.readouterr().out
 
 
 def test_a_teacher_that_is_gone_is_made_again(study, monkeypatch):
     done = []
-    monkeypatch.setattr(distill, "do", lambda run, threads: (done.append(run), keep(run, {0: 0.0, 220: 1.0})))
+    monkeypatch.setattr(distill, "do", lambda run, threads: (done.append(run), keep(run, {0: 0.0, 220: 1.0})) and {
+        "seconds": 1, "ended": ""})
     keep(Run(TEACHER, 0), {0: 0.0, 220: 1.0})
     distill.run_all(["distilled", "half distilled"], seeds=1, jobs=1)
     assert done == [Run(TEACHER, 0), Run("distilled", 0), Run("half distilled", 0)]

@@ -49,7 +49,7 @@ def test_rungs_differ_in_what_is_learnt_from_a_batch_and_in_nothing_else():
         if rung.beside:
             beside = RUNGS[rung.beside]
             assert (rung.flags, rung.edits, rung.fork) != (beside.flags, beside.edits, beside.fork)
-    assert len({Run(name, 0).slug for name in RUNGS}) == len(RUNGS) and Run("SAPO", 0).config.loss == "sapo"
+    assert len({Run(name, 0).result for name in RUNGS}) == len(RUNGS) and Run("SAPO", 0).config.loss == "sapo"
 
 
 @pytest.mark.parametrize("name, want", [
@@ -296,7 +296,7 @@ def test_the_table_of_runs_by_hand(results):
     results("SAPO", 0, 0.5, ended="A weight is not finite in step 7")
     table = ladder.held_out_table()
     assert "| before | | 0.300 | 25.0% | 0.500 | 50.0% | 0.0% | |\n" in table
-    assert "(#divided-by-the-std) | 2 | 0.800 (0.300..1.300) | 25.0% (25.0..25.0%) | 1.000 (0.500..1.500) |" in table
+    assert "(#divided-by-the-std) | 2 | 0.800 (0.300..1.300) | 25.0% (25.0%..25.0%) | 1.000 (0.500..1.500) |" in table
     assert "| +0.200 (+0.100..+0.300), *divided by the std* |\n" in table
     assert "| [SAPO](#sapo) | 1; A weight is not finite in step 7 | - | - | - | - | - |  |\n" in table
     assert "DAPO" not in table

@@ -25,8 +25,8 @@ def results(tmp_path, monkeypatch):
         run = Run(form, target, seed)
         scores = {"length": [n, 20, 40], "rouge_l": [0.5] * 3, "meteor": [0.25] * 3, "invented": [0.0] * 3}
         write_text(run.result, lengths.json.dumps({
-            "config": lengths.as_json(run.config), "model": lengths.embedded(), "sampled": sampled, "scores": scores,
-            "curve": [*curve], "wordnet": True, "ended": "", "seconds": 1}))
+            "config": lengths.as_json(run.config), "model": lengths.embedded(*lengths.SPLITS), "sampled": sampled,
+            "scores": scores, "curve": [*curve], "wordnet": True, "ended": "", "seconds": 1}))
         return run
 
     return write

@@ -143,7 +143,8 @@ def results(tmp_path, monkeypatch):
 
     def put(run, **val):
         run.result.parent.mkdir(parents=True, exist_ok=True)
-        kept = run_of([40] * 3, [0.5] * 3) | {"config": vars(run.config), "model": grid.embedded(), "val": VAL | val}
+        kept = run_of([40] * 3, [0.5] * 3) | {"config": vars(run.config), "model": grid.embedded(*grid.SPLITS),
+                                              "val": VAL | val}
         run.result.write_text(json.dumps(kept), encoding="utf-8")
     return put
 
@@ -232,7 +233,7 @@ def test_a_result_counts_for_its_settings_and_its_model_only(results, monkeypatc
     run.result.write_text(json.dumps(kept), encoding="utf-8")
     assert result_of(run) and result_of(Run("x", "a name", 7, (*FLAGS, "--overlong", "5"))) is None
     folder = run.folder
-    monkeypatch.setattr(grid, "embedded", lambda: "another model")
+    monkeypatch.setattr(grid, "embedded", lambda *_: "another model")
     assert result_of(run) is None and run.folder != folder
 
 

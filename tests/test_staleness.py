@@ -24,7 +24,7 @@ import train
 from config import Config, check
 from lora import save_adapters
 from model import load, save
-from plumbing import staleness
+from plumbing import once, staleness
 from plumbing.cli import Stop
 from plumbing.micro_batches import micro_batches
 from plumbing.posts import TINY
@@ -570,8 +570,8 @@ def test_the_study_goes_on_where_it_stopped(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(study.Run, "flags", property(lambda run: [
         "--stages", "length:2", "--prompts", "2", "--group", "2", "--target", "12", "--eval-posts", "2", "--beta", "0",
         *study.CORRECTIONS[run.correction]]))
-    monkeypatch.setattr(study.subprocess, "run", lambda command, **_: SimpleNamespace(
-        returncode=study.main(command[3:]), stdout="train.py: nothing"))
+    monkeypatch.setattr(once.subprocess, "run", lambda command, stdout, **_: SimpleNamespace(
+        returncode=print("train.py: nothing", file=stdout) or study.main(command[3:])))
     assert study.main(["run", "--seeds", "1", "--jobs", "1"]) == 0, capsys.readouterr().err
     plain, corrected = (json.loads((tmp_path / "results" / f"1-{name}-free-0.json").read_text(encoding="utf-8"))
                         for name in ("none", "tokens"))
@@ -582,7 +582,7 @@ def test_the_study_goes_on_where_it_stopped(monkeypatch, tmp_path, capsys):
     text = page.read_text(encoding="utf-8")
     assert text.startswith(f"Before.\n\n{study.HEADING}| `--beta` | age |") and text.endswith("|\n\nAfter.\n")
     assert "| 0 | 1 | tokens | 1 |" in text and "old" not in text
-    monkeypatch.setattr(study.subprocess, "run", None)
+    monkeypatch.setattr(once.subprocess, "run", None)
     assert study.main(["run", "--seeds", "1", "--jobs", "1"]) == 0  # no run is begun again
     assert study.main(["figures"]) == 0 and (tmp_path / "figures" / "staleness.png").stat().st_size > 10_000
 
