@@ -67,6 +67,7 @@ def paid(expression: str, *flags: str) -> tuple[str, ...]:
 
 
 SUM, LENGTH = "rouge_l + 4*length", "length"
+SECOND = Config().stages[1].rpartition(":")[0]  # what the default's second stage pays
 AGAIN = """\
     for i, text in enumerate(texts):  # the ids that the tokenizer makes of the text, for those that were sampled
         end = tokens[i][mask[i]].tolist()[-1:] * int(ends[i])
@@ -88,6 +89,7 @@ GALLERY: dict[str, Entry] = {
     # Healthy and at full length. Nothing stands beside them: see HEALTHY.
     "default": Entry(()),
     "target 20": Entry(("--target", "20")),
+    "target 20, solved": Entry(("--target", "20", "--stages", "length:40", f"{SECOND}:360")),
     "SQUISH": Entry(("--stages", "squish:100", "--lora", "16", "--lr", "1e-3")),
     "SQUISH, larger steps": Entry(("--stages", "squish:100", "--lora", "16", "--lr", "2e-3", "--beta", "0.15")),
 
@@ -258,7 +260,8 @@ GALLERY: dict[str, Entry] = {
         mend="Rewards of the size of 1."),
 }
 # {setting: seeds} of runs that no rule of plumbing/symptoms.py was made on: tests hold the rules to them.
-HEALTHY = {"default": range(10, 20), "target 20": range(3), "SQUISH": range(3), "SQUISH, larger steps": range(3)}
+HEALTHY = {"default": range(10, 20), "target 20": range(6), "target 20, solved": range(2), "SQUISH": range(3),
+           "SQUISH, larger steps": range(3)}
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

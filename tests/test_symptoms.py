@@ -48,6 +48,8 @@ def test_a_healthy_run_and_a_short_one_are_left_alone():
     assert said(squish, max_new_tokens=100) == []
     assert said(run(last={"entropy": 0.40})) == said(run(last={"invented": 0.07})) == []  # one weak sign is none
     assert said(run(both={"reward_std": 0.0}, last={"length": 9.0}))[1:] == []  # nobody was paid for a length
+    sure = {"entropy": 0.004, "distinct": 0.13, "flat_groups": 0.9}  # a short task, solved: all eight write one text
+    assert said(run(last=sure)) == [] != said(run(last=sure, both={"reward": 0.1}))
     no_kl = run(both={"kl": None})
     assert said(no_kl, beta=0.0) == []
 
@@ -72,16 +74,17 @@ def test_older_lines_without_a_number_are_no_error():
     ("Did anything train?", "exactly 0 in every step", run(both={"grad_norm": 0.0, "kl": 0.0}), {}),
     ("The reward is flat", "reward_std is 2e-06", run(both={"reward_std": 2e-6}), {}),
     ("Suddenly it writes !!!!", "The entropy is 0.0003 nats",
-     run(last={"entropy": 3e-4, "distinct": 0.0, "flat_groups": 1.0, "length": 80.0}), {}),
-    ("A perfect reward, and nonsense", "distinct 0.34 -> 0.10", run(last={"distinct": 0.1}), {}),
+     run(last={"entropy": 3e-4, "distinct": 0.0, "flat_groups": 1.0, "length": 80.0, "reward": -4.0}), {}),
+    ("A perfect reward, and nonsense", "distinct 0.34 -> 0.10", run(last={"distinct": 0.1, "reward": -0.25}), {}),
     ("A perfect reward, and nonsense", "entropy 0.30 -> 1.70", run(last={"entropy": 1.7}), {}),
     ("A perfect reward, and nonsense", "invented 0.01 -> 0.91", run(last={"invented": 0.91}), {}),
     ("A perfect reward, and nonsense", "entropy 0.30 -> 0.40, invented 0.01 -> 0.07",
      run(last={"entropy": 0.40, "invented": 0.07}), {}),
     ("A perfect reward, and nonsense", "templated 0.08 -> 0.90, repetition 0.02 -> 0.60",
      run(last={"templated": 0.9, "repetition": 0.6}), {}),
-    ("A perfect reward, and nonsense", "flat_groups 0.00 -> 1.00", run(last={"flat_groups": 1.0, "grad_norm": 0.0}),
-     {}),
+    ("A perfect reward, and nonsense", "entropy 0.30 -> 0.05", run(last={"entropy": 0.05, "reward": -0.25}), {}),
+    ("A perfect reward, and nonsense", "flat_groups 0.00 -> 1.00",
+     run(last={"flat_groups": 1.0, "grad_norm": 0.0, "reward": -0.25}), {}),
     ("The KL is NaN, or in the billions", "The KL is 3.2 nats", run(last={"kl": 3.2}), {}),
     ("The KL is NaN, or in the billions", "is 0.07 nats a token under --beta 1", run(last={"kl": 0.07}), {"beta": 1.0}),
     ("Every completion is cut off", "cut at 80: they do not end", run(both={"length": 80.0}), {}),
@@ -100,8 +103,8 @@ def test_each_symptom_is_named_and_nothing_else(heading, words, rows, config):
 
 
 def test_no_more_than_three_lines_the_surest_first():
-    lines = said(run(both={"logp_gap": 9.0, "grad_norm": 0.0}, last={"kl": 9.0, "distinct": 0.0, "length": 80.0}))
-    assert [line.partition(" ")[0] for line in lines] == ["logp_gap", "grad_norm", "distinct"]
+    lines = said(run(both={"logp_gap": 9.0, "grad_norm": 0.0}, last={"kl": 9.0, "repetition": 0.9, "length": 80.0}))
+    assert [line.partition(" ")[0] for line in lines] == ["logp_gap", "grad_norm", "repetition"]
 
 
 def test_every_rule_has_its_heading_on_the_page():
@@ -149,7 +152,9 @@ SILENT = {
 
 
 def lines_of(result, cut):
-    rows = [{"stage": 1, **dict(zip(result["curves"], values))} for values in zip(*result["curves"].values())]
+    stages = [stage for stage in parse_stages(result["config"]["stages"]) for _ in range(stage.first, stage.end)]
+    rows = [{"stage": stage.number, **dict(zip(result["curves"], values))}
+            for stage, values in zip(stages, zip(*result["curves"].values()))]
     return said(rows, **{**result["config"], "max_new_tokens": cut})
 
 
@@ -169,11 +174,12 @@ def test_the_real_runs_of_the_gallery(name):
             assert lines == [], (result["config"]["seed"], lines)
 
 
-@pytest.mark.parametrize("name, cut", [("default", 80), ("target 20", 40), ("SQUISH", 0), ("SQUISH, larger steps", 0)])
-def test_healthy_runs_that_no_rule_was_made_on_are_left_alone(name, cut):
+@pytest.mark.parametrize("name, cut", [("default", 80), ("target 20", 40), ("target 20, solved", 40), ("SQUISH", 0),
+                                       ("SQUISH, larger steps", 0)])
+def test_healthy_runs_of_full_length_are_left_alone(name, cut):
+    """Made by `python -m studies.break_it healthy`."""
     for seed in HEALTHY[name]:
-        if result := result_of(Run(name, seed)):
-            assert lines_of(result, cut) == [], seed
+        assert lines_of(result_of(Run(name, seed)), cut) == [], seed
 
 
 def test_what_a_healthy_kl_costs():
