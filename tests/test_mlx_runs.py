@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import edit_json
+from loopback_vllm import Vllm
 from safetensors.torch import load_file
 from test_train import ROOT, SMALL, small  # noqa: F401
 
@@ -41,13 +42,14 @@ class Stopping:
     """Ctrl-C at a certain step."""
 
     def __init__(self, log, step):
-        self.log, self.step = log, step
+        self.log, self.step, self.at_end = log, step, []
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        pass
+        for end in self.at_end:
+            end()
 
     @property
     def asked(self):
@@ -113,6 +115,19 @@ def test_adapters_are_trained_and_written(run, small):  # noqa: F811
     learnt, _ = load(mlxs)
     for name, p in learnt.named_parameters():
         torch.testing.assert_close(merged[name], p, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("flags", [["--stages", "length:3"], ["--stages", "length:3", "--lora", "2"]])
+def test_a_server_writes_for_mlx_as_for_torch(run, small, capsys, flags):  # noqa: F811
+    """It gets MLX's weights or adapters after each step, and is not dropped: its words are the policy's."""
+    runs = []
+    for backend in ("torch", "mlx"):
+        server = Vllm(small)
+        runs.append(run(backend, *flags, "--backend", backend, "--rollouts", server.url))
+        server.close()
+        assert len(server.bodies("/v1/completions")) >= 3 * 2 and "is dropped" not in capsys.readouterr().out
+        assert max(row["logp_gap"] for row in rows(runs[-1] / "metrics.jsonl")) < 1e-4
+    agree(*runs, atol=2e-3)
 
 
 def test_bfloat16_weights_learn(run):
