@@ -161,6 +161,8 @@ class Fleet:
             engine.hang_up()
         if sent:
             sent.answers.join(10)
+        for engine in self.engines:
+            engine.drop_adapter()
         self.remove()
 
     def sync(self) -> None:

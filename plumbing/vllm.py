@@ -110,6 +110,14 @@ class Engine:
         if before == f"{old.parent.name}-{old.name}":
             self.send("POST", "/v1/unload_lora_adapter", {"lora_name": before})
 
+    def drop_adapter(self) -> None:
+        """When the run is over: the server forgets the last adapter, whose files go now."""
+        if self.name != self.base:
+            self.over = False
+            with suppress(Refused):  # it is gone, or does not answer: then it may keep the name
+                self.send("POST", "/v1/unload_lora_adapter", {"lora_name": self.name}, seconds=5)
+            self.over, self.name = True, self.base
+
     def take_weights(self, folder: Path) -> None:
         self.send("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
         answer = self.send("POST", "/reset_prefix_cache")

@@ -130,6 +130,10 @@ def test_adapters_get_a_name_and_a_folder_of_their_own(run):
         ("load_lora_adapter", names[2], None), ("unload_lora_adapter", names[1], None),
         ("completions", None, names[2]), ("completions", None, names[2])]
     assert [path.name for path in run.folder.glob("rollouts-*/*")] == ["weights-3"]  # the others are deleted
+    fleet = run.act.__self__
+    fleet.close(), fleet.close()  # the run is over: its last adapter goes as well, once
+    assert server.adapters == {} and server.asked[12][1] == {"lora_name": names[2]} and len(server.asked) == 13
+    assert not list(run.folder.glob("rollouts-*"))
 
 
 def test_held_out_posts_are_summarised_here(run):
