@@ -42,7 +42,7 @@ from plumbing.rehearsal import rehearse_largest_step
 from plumbing.rollouts import asked_ahead, on_servers
 from plumbing.staleness import renew
 from plumbing.teacher import load_teacher
-from rewards import NEED_MODEL, NEED_REFERENCE
+from rewards import NEED_MODEL, NEED_REFERENCE, NEED_TARGET
 from rollout import sample, split
 
 
@@ -190,7 +190,7 @@ def choose_posts(config: Config, stages: list[Stage], model, tokenizer) -> tuple
     names = reward_names(stages)
     config.template = config.template or task.choose_template(model, tokenizer, names)
     unit_of = {"chars": "char_length", "tokens": "length"}
-    for name in names & {"char_length", "length", "length_binary", "length_saturating", "length_exp"}:
+    for name in names & NEED_TARGET:
         if task.has_budget(config.template) and not name.startswith(unit_of[config.budget_unit]):
             raise ValueError(f"--stages: '{name}' does not go with budgets of {config.budget_unit}: take "
                              f"{unit_of[config.budget_unit]}, whose target is then the budget.")
