@@ -31,6 +31,7 @@ from plumbing import memory, ranks
 from plumbing.adamw import AdamW, spare_norms
 from plumbing.checkpoint import kept_when_alone, load_checkpoint, made_of, save_checkpoint, stage_copy
 from plumbing.cli import Stop, complain, open_console, open_run, read_arguments
+from plumbing.command import to_resume
 from plumbing.curves import draw_curves
 from plumbing.device import Lies, check_device
 from plumbing.exploded import explained
@@ -95,7 +96,7 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
                          act=act, learn=learn, teacher=teacher)
         if stop.asked:
             save(model, tokenizer, folder / "model")
-            return log.say(f"Stopped after step {step}. Go on with: python train.py --run {config.run} --resume")
+            return log.say(f"Stopped after step {step}. Go on with: {to_resume(config.run)}")
 
     log.evaluation(step, len(stages), held_out_summaries, held_out)
     save(model, tokenizer, folder / "model")
@@ -258,15 +259,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check(config)
         parse_stages(config.stages)
-        with ranks.joined(), open_run(config, resume, given) as (config, folder), Stop() as stop:
+        with ranks.joined(), open_run(config, resume, given) as (config, folder), Stop(folder) as stop:
             train(config, folder, resume, stop)
     except (ValueError, OSError, FloatingPointError, ImportError, memory.Full, Lies, ranks.Lost) as e:
         return complain(str(e))
     except (RuntimeError, MemoryError) as e:
         if not memory.is_full(e):
             raise
-        return complain("Out of memory. A run with a checkpoint goes on from it with --resume, --checkpointing and a "
-                        "lower --micro-tokens. A new run can take fewer --prompts, --lean or a smaller model.")
+        return complain(f"Out of memory. A new run can take fewer --prompts, --lean or a smaller model. A run with a "
+                        f"checkpoint goes on from it, with --checkpointing and a lower --micro-tokens beside: "
+                        f"{to_resume(config.run)}")
     return 0
 
 
