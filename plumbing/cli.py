@@ -189,8 +189,9 @@ class Stop:
 
     def ask(self, number: int, _) -> None:
         if self.heard and number == signal.SIGINT:
-            begun = self.folder and (self.folder / "config.json").exists()
-            how = f" The last checkpoint is good; go on with: {to_resume(self.folder)}" if begun else ""
+            how = ""
+            if self.folder and (self.folder / "config.json").exists():
+                how = f" The last checkpoint is good; go on with: {to_resume(self.folder)}"
             sys.exit(f"\nStopped at once.{how}")
         if not self.heard:
             self.heard = True
