@@ -11,7 +11,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from plumbing import hub
 from plumbing.command import python, quoted
@@ -133,33 +133,37 @@ def rows_of(path: Path) -> Generator[tuple[str, int, Any], None, None]:
 
 
 def records_of(rows: Iterator[tuple[str, int, Any]], path: Path, named: str | None) -> Iterator[tuple[str, int, Any]]:
-    """The same rows; but of a file that is one object around a list, {"data": [{...}, ...]}, the objects in that list.
+    """The same rows; but of a .json that is one object around a list, {"data": [{...}, ...]}, the objects in that list.
 
-    ValueError, with a command that mends it, where there are several lists, or columns in place of rows.
+    ValueError, with a command that mends it, where there are several lists, or columns in place of rows. `named`:
+    --document-field. A list under the name of a text (the messages of a chat) is no such list.
     """
     ahead = list(islice(rows, 2))
-    row, fields = ahead[0][2] if len(ahead) == 1 else None, (named, *DOCUMENT_FIELDS)
-    if isinstance(row, dict) and not any(isinstance(row.get(field), str) for field in fields):
-        lists = [key for key, value in row.items()
-                 if isinstance(value, list) and value and all(isinstance(each, dict) for each in value)]
-        if len(lists) == 1:
+    if len(ahead) == 1 and ".json" in path.suffixes and isinstance(row := ahead[0][2], dict):
+        texts = [row[field] for field in (named, *DOCUMENT_FIELDS) if not is_blank(row.get(field))]
+        lists = [key for key, value in row.items() if isinstance(value, list) and value
+                 and all(isinstance(each, dict) for each in value)]
+        columns = [text for text in texts if isinstance(text, list | dict) and all(
+            isinstance(each, str) for each in (text.values() if isinstance(text, dict) else text))]
+        if len(lists) == 1 and not texts:
             print(f"{path}: the posts are what stands under '{lists[0]}'.", file=sys.stderr, flush=True)
             ahead = [(f"'{lists[0]}' record", number, each) for number, each in enumerate(row[lists[0]], 1)]
-        elif path.suffix in (".json", ".jsonl"):
-            file, new = path.as_posix(), f"{path.stem}-posts.json"
-            what = code = ""
-            if lists:
-                most = max(lists, key=lambda key: len(row[key]))
-                what = f"several lists: {', '.join(lists)}. Take one"
-                code = f"json.dump(json.load(open('{file}', encoding='utf-8'))['{most}'], open('{new}', 'w'))"
-            elif any(isinstance(row.get(field), list | dict) for field in fields):
-                what = "columns, and not a post in each row. Write rows"
-                code = f"pandas.read_json('{file}', dtype=False).to_json('{new}', orient='records')"
-            if what:
-                command = f'{quoted([python()])} -c "import {code.partition(".")[0]}; {code}"'
-                raise ValueError(f"{path} holds {what}: {command} makes {new}, which is read.")
+        elif lists and not texts:
+            most = max(lists, key=lambda key: len(row[key]))
+            refuse_shape(path, f"several lists: {', '.join(lists)}. Take one", f"json; json.dump(json.load(open("
+                         f"'{path.as_posix()}', encoding='utf-8'))['{most}'], open('{path.stem}-posts.json', 'w'))")
+        elif columns:
+            refuse_shape(path, "columns, and not a post in each row. Write rows", f"pandas; pandas.read_json("
+                         f"'{path.as_posix()}', dtype=False).to_json('{path.stem}-posts.json', orient='records')")
     yield from ahead
     yield from rows
+
+
+def refuse_shape(path: Path, holds: str, code: str) -> NoReturn:
+    if path.suffix != ".json":
+        raise ValueError(f"{path} holds {holds}: unpack it, and you are told the command.")
+    raise ValueError(f'{path} holds {holds}: {quoted([python()])} -c "import {code}" makes {path.stem}-posts.json, '
+                     f'which is read.')
 
 
 def looks_like(path: Path) -> str:

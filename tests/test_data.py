@@ -247,14 +247,17 @@ def test_a_list_in_an_object_is_read_and_said_to_be(tmp_path, capsys, whole, ind
 
 
 def test_a_post_with_a_list_of_objects_is_a_post(tmp_path, capsys):
-    path = tmp_path / "one.jsonl"
+    pytest.importorskip("datasets")
+    path = tmp_path / "one.json"
     path.write_text(json.dumps({"document": "A cat sat.", "comments": RECORDS}), encoding="utf-8")
     assert [post.document for post in load_posts(path)] == ["A cat sat."]
     path.write_text(json.dumps({"story": "A cat sat.", "comments": RECORDS}), encoding="utf-8")
     assert [post.document for post in load_posts(path, document="story")] == ["A cat sat."]
-    path.write_text("\n".join([json.dumps({"data": RECORDS})] * 2), encoding="utf-8")
-    with pytest.raises(ValueError, match="line 1 has no text"):  # two of them are no wrapper
-        load_posts(path)
+    for text, says in (("\n".join([json.dumps({"data": RECORDS})] * 2), "row 1 has no text"),  # no wrapper: two of them
+                       (json.dumps({"prompt": [{"role": "user", "content": "A chat."}] * 12}), "but a list")):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=says):
+            load_posts(path)
     assert not capsys.readouterr().err
 
 
