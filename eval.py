@@ -49,10 +49,12 @@ from task import (
     completion_limit,
     content_lengths,
     describe_goal,
+    has_budget,
     has_tag,
     make_task,
     read_answer,
     score,
+    wanted_tokens,
 )
 
 # --- your experiment starts here: a metric compares a summary with its reference, higher meaning better ---
@@ -69,6 +71,15 @@ def fit_posts(model: Transformer, tokenizer: Tokenizer, splits: Sequence[Sequenc
     if config.max_document:
         splits = [[replace(post, document=shorten(tokenizer, post.document, config.max_document)) for post in posts]
                   for posts in splits]
+    budgets = has_budget(config.template)
+    # A completion that is cut at its target counts as a hit, so there must be room to miss. With budget and tags it is
+    # no hit, for its closing tag is missing.
+    if (cut := config.max_new_tokens) and not (budgets and has_tag(config.template)):
+        wanted = max(wanted_tokens(tokenizer, posts, config) for posts in splits)
+        if cut <= 1.1 * wanted:
+            raise ValueError(f"--max-new-tokens {cut} would cut summaries at the wanted size, about {wanted:.0f} tokens"
+                             f", and count them as hits: take at least {int(1.1 * wanted) + 1}, or lower "
+                             f"--{'budgets' if budgets else 'target'}.")
     config.max_new_tokens = max(completion_limit(tokenizer, posts, config) for posts in splits)
     if config.overlong >= config.max_new_tokens:
         raise ValueError(f"--overlong {config.overlong}: completions are cut at {config.max_new_tokens} tokens, so all "

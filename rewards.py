@@ -85,6 +85,7 @@ GROUP_REWARDS: dict[str, Callable[[Sequence[Summary]], list[float]]] = {
 }
 NEED_REFERENCE = {"rouge_l", "bleu", "char_bleu", "meteor", "embedding"}  # these compare with the post's own summary
 NEED_MODEL = {"squish", "cost"}  # these are measured by a language model, see squish.py
+NEED_TARGET = {"char_length", "length", "length_binary", "length_saturating", "length_exp"}  # these pay for a size
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ Shapes: G summaries, T document tokens, V vocabulary, D hidden size.
 import hashlib
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -154,6 +154,17 @@ def allowance(tokenizer: Tokenizer, document: str, budget: float | int, unit: st
     if not 0 < budget < math.inf:
         raise ValueError(f"A budget of {budget} is none: give a share such as 0.1, or a whole number of {unit}.")
     return round(budget * size(tokenizer, document, unit), 6) if isinstance(budget, float) else budget
+
+
+def most_tokens(tokenizer: Tokenizer, documents: Iterable[str], budgets: Sequence[float | int], unit: str) -> float:
+    """The largest of these budgets, of any of these documents, in tokens; about, where the unit is characters."""
+    most = 0.0
+    for document in documents:
+        room = max(allowance(tokenizer, document, budget, unit) for budget in budgets)
+        if unit == "chars":  # a language may take many tokens for few characters
+            room *= len(encode(tokenizer, document).ids) / len(document)
+        most = max(most, room)
+    return most
 
 
 def fits(tokenizer: Tokenizer, document: str, summary: str | None, budget: float | int | None,

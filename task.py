@@ -25,7 +25,7 @@ from statistics import fmean
 import numpy as np
 from tokenizers import Tokenizer
 
-from config import Config, parse_budgets
+from config import Config, parse_budgets, parse_stages, reward_names
 from judge import paid
 from metrics import distinct, invented, repetition, templated
 from model import Transformer
@@ -33,9 +33,9 @@ from plumbing import ranks
 from plumbing.posts import Post, load_posts
 from plumbing.prompts import encode_prompt
 from plumbing.thoughts import without_thoughts
-from rewards import GROUP_REWARDS, NEED_MODEL, NEED_REFERENCE, Reward
+from rewards import GROUP_REWARDS, NEED_MODEL, NEED_REFERENCE, NEED_TARGET, Reward
 from rollout import Group
-from squish import allowance, cost, encode, ensemble, fits, size
+from squish import allowance, cost, ensemble, fits, most_tokens, size
 
 __all__ = ["TEMPLATES", "Post", "Task", "extract", "load_posts", "make_task", "render", "score", "tokenize"]
 
@@ -191,16 +191,20 @@ def completion_limit(tokenizer: Tokenizer, posts: Sequence[Post], config: Config
     """Where a completion is cut, in tokens: --max-new-tokens, or so far beyond the target that only a miss is cut."""
     if config.max_new_tokens:
         return config.max_new_tokens
-    limit = 2 * config.target
-    if has_budget(config.template):
-        budgets, most = parse_budgets(config.budgets), 0.0
-        for document in {post.document for post in posts}:
-            room = max(allowance(tokenizer, document, budget, config.budget_unit) for budget in budgets)
-            if config.budget_unit == "chars":  # a language may take many tokens for few characters
-                room *= len(encode(tokenizer, document).ids) / len(document)
-            most = max(most, room)
-        limit = math.ceil(1.5 * most)
+    wanted = wanted_tokens(tokenizer, posts, config)
+    limit = math.ceil(1.5 * wanted if has_budget(config.template) else 2 * max(wanted, config.target))
     return limit + 16 if has_tag(config.template) else limit  # room for the closing tag
+
+
+def wanted_tokens(tokenizer: Tokenizer, posts: Sequence[Post], config: Config) -> float:
+    """About how many tokens the longest wanted summary has; 0 where no size is asked or paid for."""
+    text, documents = template_text(config.template), {post.document for post in posts}
+    paid = NEED_TARGET & reward_names(parse_stages(config.stages))
+    if has_budget(config.template):
+        return most_tokens(tokenizer, documents, parse_budgets(config.budgets), config.budget_unit)
+    if paid == {"char_length"}:
+        return most_tokens(tokenizer, documents, [config.target], "chars")
+    return config.target if paid or "{target}" in text or "{goal}" in text else 0
 
 
 # --- the answer -------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from plumbing import memory, ranks
 from plumbing.adamw import AdamW, spare_norms
 from plumbing.checkpoint import kept_when_alone, load_checkpoint, made_of, save_checkpoint, stage_copy
 from plumbing.cli import Stop, complain, open_console, open_run, read_arguments
+from plumbing.command import to_resume
 from plumbing.curves import draw_curves
 from plumbing.device import Lies, check_device
 from plumbing.exploded import explained
@@ -42,7 +43,7 @@ from plumbing.rehearsal import rehearse_largest_step
 from plumbing.rollouts import asked_ahead, on_servers
 from plumbing.staleness import renew
 from plumbing.teacher import load_teacher
-from rewards import NEED_MODEL, NEED_REFERENCE
+from rewards import NEED_MODEL, NEED_REFERENCE, NEED_TARGET
 from rollout import sample, split
 
 
@@ -95,7 +96,7 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
                          act=act, learn=learn, teacher=teacher)
         if stop.asked:
             save(model, tokenizer, folder / "model")
-            return log.say(f"Stopped after step {step}. Go on with: python train.py --run {config.run} --resume")
+            return log.say(f"Stopped after step {step}. Go on with: {to_resume(config.run)}")
 
     log.evaluation(step, len(stages), held_out_summaries, held_out)
     save(model, tokenizer, folder / "model")
@@ -190,7 +191,7 @@ def choose_posts(config: Config, stages: list[Stage], model, tokenizer) -> tuple
     names = reward_names(stages)
     config.template = config.template or task.choose_template(model, tokenizer, names)
     unit_of = {"chars": "char_length", "tokens": "length"}
-    for name in names & {"char_length", "length", "length_binary", "length_saturating", "length_exp"}:
+    for name in names & NEED_TARGET:
         if task.has_budget(config.template) and not name.startswith(unit_of[config.budget_unit]):
             raise ValueError(f"--stages: '{name}' does not go with budgets of {config.budget_unit}: take "
                              f"{unit_of[config.budget_unit]}, whose target is then the budget.")
@@ -258,15 +259,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check(config)
         parse_stages(config.stages)
-        with ranks.joined(), open_run(config, resume, given) as (config, folder), Stop() as stop:
+        with ranks.joined(), open_run(config, resume, given) as (config, folder), Stop(folder) as stop:
             train(config, folder, resume, stop)
     except (ValueError, OSError, FloatingPointError, ImportError, memory.Full, Lies, ranks.Lost) as e:
         return complain(str(e))
     except (RuntimeError, MemoryError) as e:
         if not memory.is_full(e):
             raise
-        return complain("Out of memory. A run with a checkpoint goes on from it with --resume, --checkpointing and a "
-                        "lower --micro-tokens. A new run can take fewer --prompts, --lean or a smaller model.")
+        return complain(f"Out of memory. A new run can take fewer --prompts, --lean or a smaller model. A run with a "
+                        f"checkpoint goes on from it, with --checkpointing and a lower --micro-tokens beside: "
+                        f"{to_resume(config.run)}")
     return 0
 
 

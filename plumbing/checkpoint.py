@@ -17,6 +17,7 @@ import torch
 from torch.optim import Optimizer
 
 from plumbing import ranks, words
+from plumbing.command import to_resume
 from plumbing.folder import file_parameters, read_json, write_file
 from plumbing.log import read_lines
 
@@ -72,8 +73,8 @@ def kept_when_alone(folder: Path, model, optimizer: Optimizer, step: int) -> Ite
         yield
     except ConnectionError as e:
         save_checkpoint(folder, model, optimizer, step)
-        raise ConnectionError(f"{e} All {step} steps are kept: when the server is back, go on with "
-                              f"python train.py --run {folder.name} --resume") from e
+        raise ConnectionError(f"{e} All {step} steps are kept: when the server is back, go on with: "
+                              f"{to_resume(folder)}") from e
 
 
 def read_state(path: Path, device: torch.device) -> dict:

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from plumbing import ranks
 from plumbing.checkpoint import check_that_it_can_go_on
+from plumbing.command import to_resume
 from plumbing.folder import read_json
 from plumbing.log import say
 from plumbing.memory import Full
@@ -85,7 +86,8 @@ def open_run(config, resume: bool, given: dict) -> Iterator[tuple]:
         if resume:
             check_that_it_can_go_on(folder)
         elif (folder / "config.json").exists():
-            raise FileExistsError(f"{folder} is there already: go on with --resume, or take another --run.")
+            raise FileExistsError(f"{folder} is there already: {to_resume(folder)} goes on with it, or take another "
+                                  f"--run.")
         ranks.same_settings(config, resume, given, folder)
         with reporting(folder):
             yield config, folder
@@ -164,6 +166,9 @@ class Stop:
     and a terminal that is closed (SIGHUP) end it after its step, too; they often signal twice, which means no more.
     """
 
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
+
     def __enter__(self) -> "Stop":
         self.asked = self.heard = False
         self.before: dict = {}
@@ -184,7 +189,10 @@ class Stop:
 
     def ask(self, number: int, _) -> None:
         if self.heard and number == signal.SIGINT:
-            sys.exit("\nStopped at once. The last checkpoint is good; go on with --resume.")
+            how = ""
+            if self.folder and (self.folder / "config.json").exists():
+                how = f" The last checkpoint is good; go on with: {to_resume(self.folder)}"
+            sys.exit(f"\nStopped at once.{how}")
         if not self.heard:
             self.heard = True
             self.asked = ranks.count() == 1

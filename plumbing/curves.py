@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from plumbing.command import to_resume
 from plumbing.folder import write_file
 from plumbing.log import read_lines, say
 
@@ -20,8 +21,8 @@ def draw_curves(folder: Path, target: int, stage_ends: list[int]) -> None:
         draw(folder, target, stage_ends)
     except Exception as e:  # no matplotlib, a broken one, no room: a picture can fail in many ways
         why = (str(e) or type(e).__name__).splitlines()[0]
-        say(f"The curves could not be drawn ({why}); all else is in {folder}. Once that is mended, python train.py "
-            f"--run {folder.name} --resume draws them.")
+        say(f"The curves could not be drawn ({why}); all else is in {folder}. Once that is mended, "
+            f"{to_resume(folder)} draws them.")
 
 
 def new_figure(n_rows: int):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from plumbing.command import to_resume
 from plumbing.folder import read_json, write_text
 from plumbing.posts import TINY
 from plumbing.results import figures, file_name, histogram, order, table, write_rows
@@ -58,8 +59,8 @@ def find_model(name: str) -> tuple[str | Path, dict]:
     if not (path / "metrics.jsonl").exists():
         return name, {}
     if not (path / "model").is_dir():
-        raise FileNotFoundError(f"{path} has no model yet: the run was not finished. Continue it with "
-                                f"python train.py --run {path.name} --resume.")
+        command = to_resume(path, read_json(path / "config.json").get("ranks", 1))
+        raise FileNotFoundError(f"{path} has no model yet: the run was not finished. {command} goes on with it.")
     return path / "model", read_json(path / "config.json")
 
 

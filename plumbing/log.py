@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import TextIO
 
 from plumbing import ranks
+from plumbing.command import to_resume
 from plumbing.folder import read_json, write_text
 from plumbing.scripts import without_rouge
 from plumbing.symptoms import symptoms
@@ -109,8 +110,8 @@ class Log:
             with open(path, "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
         except OSError as e:
-            raise OSError(f"Could not write {path} ({e.strerror}): the last checkpoint is good. Free some space, then "
-                          f"go on with --resume.") from e
+            raise OSError(f"Could not write {path} ({e.strerror}): the last checkpoint is good. Free some space; then "
+                          f"{to_resume(self.folder)} goes on from it.") from e
 
     def begin(self, model, posts: list, held_out: list) -> None:
         """What is about to happen."""
@@ -137,8 +138,8 @@ class Log:
             try:
                 r = evaluate()
             except ConnectionError as e:  # the reward's server is away; each stage ends with a checkpoint
-                raise ConnectionError(f"{e} All {step} steps are kept: when the server is back, go on with python "
-                                      f"train.py --run {self.folder.name} --resume" if step else str(e)) from e
+                raise ConnectionError(f"{e} All {step} steps are kept: when the server is back, go on with: "
+                                      f"{to_resume(self.folder)}" if step else str(e)) from e
             summaries = r.pop("summaries")
             r["lengths"] = [row["length"] for row in summaries]
             for post, row in zip(held_out[:5], summaries):

@@ -6,13 +6,15 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from plumbing import hub
+from plumbing.command import python, quoted
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"  # the embedded model and its posts
 
@@ -70,7 +72,7 @@ def load_posts(source: str | Path, split: str = "train", document: str | None = 
                                 f"a .jsonl, .csv, .json or .parquet file, or a data set of the hub, owner/name.")
     posts, blank = [], []
     with closing(rows_of(path)) as rows:
-        for where, number, row in rows:
+        for where, number, row in rows if on_hub(source) else records_of(rows, path, document):
             at = f"{path} {where} {number}"
             text, summary = texts_of(row, at, document, reference)
             if is_blank(text):
@@ -78,7 +80,8 @@ def load_posts(source: str | Path, split: str = "train", document: str | None = 
                 if not min_chars:
                     raise ValueError(blank[0])
             elif len(text.strip()) >= min_chars:
-                posts.append(Post(text.strip(), summary.strip(), str(row.get("id", number))))
+                named = row.get("id")  # in a table null where others have one
+                posts.append(Post(text.strip(), summary.strip(), str(number if named is None else named)))
             if max_posts and len(posts) == max_posts:
                 break
     if not posts:
@@ -127,6 +130,40 @@ def rows_of(path: Path) -> Generator[tuple[str, int, Any], None, None]:
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} line {number} is not valid JSON ({e}): "
                          f"{looks_like(path) or 'mend or delete that line'}.") from e
+
+
+def records_of(rows: Iterator[tuple[str, int, Any]], path: Path, named: str | None) -> Iterator[tuple[str, int, Any]]:
+    """The same rows; but of a .json that is one object around a list, {"data": [{...}, ...]}, the objects in that list.
+
+    ValueError, with a command that mends it, where there are several lists, or columns in place of rows. `named`:
+    --document-field. A list under the name of a text (the messages of a chat) is no such list.
+    """
+    ahead = list(islice(rows, 2))
+    if len(ahead) == 1 and ".json" in path.suffixes and isinstance(row := ahead[0][2], dict):
+        texts = [row[field] for field in (named, *DOCUMENT_FIELDS) if not is_blank(row.get(field))]
+        lists = [key for key, value in row.items() if isinstance(value, list) and value
+                 and all(isinstance(each, dict) for each in value)]
+        columns = [text for text in texts if isinstance(text, list | dict) and all(
+            isinstance(each, str) for each in (text.values() if isinstance(text, dict) else text))]
+        if len(lists) == 1 and not texts:
+            print(f"{path}: the posts are what stands under '{lists[0]}'.", file=sys.stderr, flush=True)
+            ahead = [(f"'{lists[0]}' record", number, each) for number, each in enumerate(row[lists[0]], 1)]
+        elif lists and not texts:
+            most = max(lists, key=lambda key: len(row[key]))
+            refuse_shape(path, f"several lists: {', '.join(lists)}. Take one", f"json; json.dump(json.load(open("
+                         f"'{path.as_posix()}', encoding='utf-8'))['{most}'], open('{path.stem}-posts.json', 'w'))")
+        elif columns:
+            refuse_shape(path, "columns, and not a post in each row. Write rows", f"pandas; pandas.read_json("
+                         f"'{path.as_posix()}', dtype=False).to_json('{path.stem}-posts.json', orient='records')")
+    yield from ahead
+    yield from rows
+
+
+def refuse_shape(path: Path, holds: str, code: str) -> NoReturn:
+    if path.suffix != ".json":
+        raise ValueError(f"{path} holds {holds}: unpack it, and you are told the command.")
+    raise ValueError(f'{path} holds {holds}: {quoted([python()])} -c "import {code}" makes {path.stem}-posts.json, '
+                     f'which is read.')
 
 
 def looks_like(path: Path) -> str:

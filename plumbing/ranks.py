@@ -31,12 +31,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from plumbing.command import several, to_resume
 from plumbing.memory import is_full
 
 BUCKET = 2 ** 20  # numbers of the gradient that are sent at a time: 4 MiB
 BEAT, SILENCE = 2.0, 24.0  # seconds; torchrun kills 30 s after it has asked to end, and until then all is to be said
 PATIENCE = timedelta(minutes=30)  # for a rank that lives: it may be loading a model while others wait
-NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 
 class Lost(Exception):
@@ -110,7 +110,7 @@ class World:
             what = f"Rank {silent[0]} is gone without a word: killed, or its machine or the network is away"
         else:
             what = f"The connection to another rank broke ({first_line(error)})"
-        how = f" Go on from the last checkpoint with the same torchrun command and --run {self.run} --resume."
+        how = f" Go on from the last checkpoint with: {to_resume(self.run)}"
         if error:
             self.over.set()  # this process ends by itself
         return f"{what}. Rank {self.rank} ends, too.{how if self.run else ''}"
@@ -131,7 +131,7 @@ def joined() -> Iterator[None]:
     """Inside, this process is one of torchrun's ranks, if it was started by it. Raises Lost, where it does not find the
     others, and ValueError."""
     global _world
-    if not all(os.environ.get(name) for name in NEEDED) or os.environ["WORLD_SIZE"] == "1":
+    if not several():
         yield
         return
     if not dist.is_available() or not dist.is_gloo_available():

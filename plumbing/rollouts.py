@@ -32,6 +32,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from plumbing.command import to_resume
 from plumbing.groups import logprobs
 from plumbing.log import say
 from plumbing.server import Refused
@@ -288,8 +289,8 @@ def check_whole(file: Path) -> None:
         with safe_open(file, framework="pt") as f:
             f.keys()
     except (OSError, SafetensorError) as e:
-        raise OSError(f"{file} was not written whole ({e}): is the disk full? The last checkpoint is good; go on with "
-                      f"--resume.") from e
+        raise OSError(f"{file} was not written whole ({e}): is the disk full? The last checkpoint is good: "
+                      f"{to_resume(file.parents[2])} goes on from it.") from e
 
 
 class Answers:

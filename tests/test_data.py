@@ -226,6 +226,56 @@ def test_the_held_out_posts_of_the_embedded_set_are_untouched():
     assert fit == posts and len(prompts) == len(posts)
 
 
+RECORDS = [{"document": f"Cat number {i} sat.", "summary": "A cat."} for i in range(12)]
+POSTS = [Post(f"Cat number {i} sat.", "A cat.", str(i + 1)) for i in range(12)]
+
+
+@pytest.mark.parametrize("whole, indent", [
+    ({"data": RECORDS}, None), ({"data": RECORDS}, 2), ({"version": "1.1", "train": RECORDS, "licences": ["MIT"]}, 1),
+    ({"data": [{**RECORDS[0], "title": "One"}, *RECORDS[1:]]}, None)])
+def test_a_list_in_an_object_is_read_and_said_to_be(tmp_path, capsys, whole, indent):
+    """The wrappers of the usual data sets. A bad record is named by its number in the list."""
+    pytest.importorskip("datasets")
+    path = tmp_path / "posts.json"
+    path.write_text(json.dumps(whole, indent=indent), encoding="utf-8")
+    assert load_posts(path) == POSTS
+    key, = (key for key, value in whole.items() if value and isinstance(value[0], dict))
+    assert capsys.readouterr().err == f"{path}: the posts are what stands under '{key}'.\n"
+    path.write_text(json.dumps({key: [*RECORDS, {"document": " "}]}), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"posts.json '{key}' record 13 has no text"):
+        load_posts(path)
+
+
+def test_a_post_with_a_list_of_objects_is_a_post(tmp_path, capsys):
+    pytest.importorskip("datasets")
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps({"document": "A cat sat.", "comments": RECORDS}), encoding="utf-8")
+    assert [post.document for post in load_posts(path)] == ["A cat sat."]
+    path.write_text(json.dumps({"story": "A cat sat.", "comments": RECORDS}), encoding="utf-8")
+    assert [post.document for post in load_posts(path, document="story")] == ["A cat sat."]
+    for text, says in (("\n".join([json.dumps({"data": RECORDS})] * 2), "row 1 has no text"),  # no wrapper: two of them
+                       (json.dumps({"prompt": [{"role": "user", "content": "A chat."}] * 12}), "but a list")):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=says):
+            load_posts(path)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("whole", [
+    {"test": RECORDS[:3], "train": RECORDS}, {name: [row[name] for row in RECORDS] for name in RECORDS[0]},
+    {name: {str(i): row[name] for i, row in enumerate(RECORDS)} for name in RECORDS[0]}],
+    ids=["splits", "lists", "pandas"])
+def test_other_shapes_are_refused_with_a_command_that_mends_them(tmp_path, monkeypatch, whole):
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    Path("my posts.json").write_text(json.dumps(whole), encoding="utf-8")
+    with pytest.raises(ValueError, match="my posts.json holds ") as caught:
+        load_posts("my posts.json")
+    command, new = re.search(r"(\S+ -c .*) makes (.*), which is read", str(caught.value)).groups()
+    subprocess.run(command, shell=True, check=True)
+    assert load_posts(new) == POSTS
+
+
 @pytest.mark.parametrize("mark", [";", "\t", "|"])
 def test_a_table_that_is_parted_by_something_else_is_told_so(tmp_path, mark):
     """No --document-field would help: the table has one column, called `document;summary`."""

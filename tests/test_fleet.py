@@ -81,6 +81,7 @@ def test_who_has_short_texts_waits_for_who_has_long_ones(monkeypatch):
     long = 2 + 40 * (0.5 + 0.25 * 2)
     assert [s.busy for s in out.samplers] == [2, long]
     assert out.samplers[0].idle(out.seconds) - out.samplers[1].idle(out.seconds) == long - 2
+    assert out.learners[0].spans[0][0] == long  # the learner waits for it, too
 
 
 def test_ranks_share_the_prompts_and_add_up_their_gradients():

@@ -543,7 +543,7 @@ def test_a_folder_may_hold_its_splits_in_any_form(ending, tmp_path):
     ("a.csv", b"document,summary\na,b\nc,d,e,f\n"), ("a.csv", b""), ("a.csv", b"document\n\xe4\n"),
     ("a.parquet", parquet(ROWS)[:-9]), ("a.json", b'[{"document": "a"'), ("a.json", b""), ("a.json", b"[]"),
     ("a.json", b'{"document": "\\ud83d"}\n'), ("a.json.gz", gzip.compress(lines(ROWS), mtime=0)[:-9]),
-    ("a.json", b'{"data": [{"document": "a"}]}'), ("a.csv", b"title,id\nx,1\n"), ("a.csv", b"document\nd\n\"\"\n"),
+    ("a.json", b'{"data": ["a", "b"]}'), ("a.csv", b"title,id\nx,1\n"), ("a.csv", b"document\nd\n\"\"\n"),
 ], ids=str)
 def test_a_file_that_is_not_what_it_is_called(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)

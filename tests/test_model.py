@@ -21,6 +21,7 @@ import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -1189,6 +1190,9 @@ def test_the_tokenizer_s_end_is_where_transformers_finds_it(tmp_path, words):
                                    {"tokenizer_class": "PreTrainedTokenizerFast"},
                                    {"tokenizer_class": "Qwen2Tokenizer", "eos_token": None}], ids=str)
 def test_where_no_file_names_an_end_token_the_tokenizer_s_class_does(tmp_path, family, words):
+    version = tuple(map(int, transformers.__version__.split(".")[:2]))
+    if words == {"tokenizer_class": "LlamaTokenizer"} and version < (5, 23):
+        pytest.skip("before 5.23 transformers takes a byte-level tokenizer called LlamaTokenizer for another one")
     folder, _ = write_folder(tmp_path, family, eos_token_id=3)
     (folder / "generation_config.json").unlink(missing_ok=True)
     byte_bpe().save(str(folder / "tokenizer.json"))

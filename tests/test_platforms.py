@@ -5,6 +5,7 @@ no SIGKILL and another encoding. Each test runs in a process of its own, from wh
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,3 +109,17 @@ def test_sampling_is_the_same_without_fast_products(tmp_path):
     (kind, gap, tokens), (kind16, gap16, _) = bare
     assert kind == "torch.float32" and float(gap) < 1e-4 and tokens == whole[0][2]
     assert kind16 == "torch.bfloat16" and float(gap16) < 0.3
+
+
+def test_the_tests_hold_whatever_this_shell_has_set():
+    """A hub that is switched off, servers elsewhere, a rank whose others never come, a folder without WordNet: a few
+    tests, each of which one of these would fail."""
+    odd = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "RANK", "LOCAL_RANK"), "1")
+    odd |= {"HF_ENDPOINT": "http://nowhere.invalid", "OPENAI_BASE_URL": "http://nowhere.invalid/v1",
+            "OPENAI_API_KEY": "odd", "JUDGE_MODEL": "odd", "EMBEDDING_MODEL": "odd", "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WNSEARCHDIR": str(ROOT), "HF_HOME": str(ROOT / "LICENSE")}
+    some = ["test_hub.py::test_files_that_are_whole_survive_a_failed_download", "test_words.py", "test_symptoms.py",
+            "-k", "survive or words_that_nobody or says_it_at_its_end"]
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *some], cwd=ROOT / "tests",
+                          env=os.environ | odd, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout[-3000:]

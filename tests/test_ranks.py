@@ -14,6 +14,7 @@ import torch
 
 import grpo
 from plumbing import ranks
+from plumbing.command import NEEDED
 
 ROOT = Path(__file__).parent.parent
 TIMINGS = {"seconds", "tokens_per_s"}
@@ -25,7 +26,7 @@ pytestmark = [
 
 def environment():
     """Ours, but for what a torchrun around the tests would have set."""
-    kept = {k: v for k, v in os.environ.items() if k not in (*ranks.NEEDED, "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    kept = {k: v for k, v in os.environ.items() if k not in (*NEEDED, "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -118,6 +119,7 @@ def test_a_killed_rank_ends_the_run_and_it_goes_on_bit_for_bit(work):
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(work):
     assert ended(work, "stopped") == [0, 0], said(work, "stopped", 0) + said(work, "stopped", 1)
     assert "Stopped after step" in said(work, "stopped", 0)
+    assert "train.py --run stopped --resume (on each of the 2 ranks)\n" in said(work, "stopped", 0)
     assert not any(ended(work, "stopped-again")), said(work, "stopped-again", 0)
     assert weights(work / "runs" / "stopped") == weights(work / "runs" / "two")
 

@@ -990,7 +990,7 @@ def test_a_run_whose_server_stays_away_ends_after_a_checkpoint_and_goes_on_when_
         server[0].answer = answer
         assert train.main([*settings, "--run", name]) == 1
         err = capsys.readouterr().err
-        assert f"All {step} steps are kept" in err and f"python train.py --run {name} --resume" in err
+        assert f"All {step} steps are kept" in err and f"train.py --run {name} --resume" in err
         server[0].answer = None
         assert train.main(["--resume", "--run", name]) == 0
         assert f"Resumed after step {step}." in capsys.readouterr().out

@@ -289,6 +289,15 @@ def test_bad_settings_are_sentences(cwd, capsys):
     assert "--cache" in refused(capsys, bench, "--cache", "broken.sqlite", "--n", "2")
 
 
+def test_a_target_in_tokens_says_nothing_of_a_run_with_budgets(cwd):
+    """--target is 40 by default, and nobody is asked for it or paid by it here: 30 tokens may be enough."""
+    c = config(max_new_tokens=30, template="")
+    train.check(c)
+    model, tokenizer = train.load_policy(c)
+    train.choose_posts(c, train.parse_stages(c.stages), model, tokenizer)
+    assert (c.template, c.target, c.max_new_tokens) == ("tagged", 40, 30)
+
+
 def test_documents_are_cut_before_anybody_sees_them(cwd):
     (cwd / "long.jsonl").write_text("".join(json.dumps({"text": f"{i}. a long story " * 200, "id": i}) + "\n"
                                             for i in range(20)), encoding="utf-8")

@@ -459,14 +459,22 @@ def test_old_weights_are_found_although_a_step_behind_is_what_one_expects(run):
     assert "weights of before the reload" in run.said()
 
 
-def test_what_was_written_ahead_counts_only_for_what_is_asked(run):
+@pytest.mark.parametrize("n, seed, version", [(1, 1, 0), (1, 3, None), (3, 1, None), (3, 3, None)])
+def test_what_was_written_ahead_counts_only_for_what_is_asked(run, n, seed, version):
     """Another seed, or other prompts, than were foreseen: the answer is waited for, and asked for anew."""
     run.begin()
+    spans = []
+    for server in run.servers:
+        slow(server, 0.1, spans)
     run.step()
-    groups = run.act(run.model, PROMPTS[3], G=G, max_new_tokens=T, temperature=1.0, seed=3, tokenizer=run.tokenizer,
+    groups = run.act(run.model, PROMPTS[n], G=G, max_new_tokens=T, temperature=1.0, seed=seed, tokenizer=run.tokenizer,
                      stop_text="")
-    assert [group.prompt.tolist() for group in groups] == PROMPTS[3] and {group.version for group in groups} == {None}
-    assert not in_flight() and "dropped" not in run.said()  # the answer to another question would be a lie
+    assert [group.prompt.tolist() for group in groups] == PROMPTS[n]
+    assert {group.version for group in groups} == {version}  # the answer to another question would be a lie
+    if version is None:  # two prompts of the step, two foreseen, and only when those are done the two that are asked
+        *before, first, second = sorted(spans)
+        assert len(before) == 4 and max(end for _, end in before) <= min(first[0], second[0])
+    assert not in_flight() and "dropped" not in run.said()
 
 
 def test_held_out_posts_do_not_wait_for_what_is_in_flight(run):

@@ -9,6 +9,7 @@ import doctest
 import gzip
 import json
 import math
+import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 import task
 from config import Config, parse_stages
+from eval import fit_posts
 from model import read_config
 from plumbing.folder import read_json
 from plumbing.prompts import spelt
@@ -44,6 +46,7 @@ from task import (
     render,
     score,
     tokenize,
+    wanted_tokens,
     within,
 )
 from tests.helpers import byte_bpe, few, real, refusal, tiny_model
@@ -598,6 +601,42 @@ def test_a_completion_that_keeps_to_its_size_is_never_cut():
     whole = len(tokenizer.encode(posts[1].document).ids)  # half as much again as the largest budget, and the tag
     tagged = Config(template="tagged", budgets="0.1,0.5")
     assert completion_limit(tokenizer, posts, tagged) == math.ceil(1.5 * 0.5 * whole) + 16
+
+
+CHINESE = Post("猫" * 100, "", "1")  # of three tokens a character to `byte_bpe`, which has seen none of it
+
+
+@pytest.mark.parametrize("text, settings, wanted, flag", [
+    ("{document} In {target} tokens:", {}, 30, "target"), ("{document} In {goal} tokens:", {}, 30, "target"),
+    ("{document} Briefly:", {}, 0, ""), ("{document} Briefly:", {"stages": ("rouge_l+length_exp:1",)}, 30, "target"),
+    ("{document} Briefly:", {"stages": ("rouge_l+char_length:1",)}, 90, "target"),  # 30 characters
+    ("{document} In {target} characters:", {"stages": ("char_length:1",)}, 90, "target"),
+    ("{document} In {target}: <summary>", {}, 30, "target"),  # within_2 counts a completion without its closing tag
+    ("{document} In {target} {unit}:", {"budgets": "0.1,20"}, 60, "budgets"),  # 20 characters; --target says nothing
+    ("{document} In {target} {unit}:", {"budgets": "20", "budget_unit": "tokens"}, 20, "budgets"),
+    ("{document} In {target} {unit}: <summary>", {"budgets": "20"}, 60, ""),  # no closing tag: missing, and no hit
+])
+def test_a_cut_that_would_hide_misses_is_refused(monkeypatch, text, settings, wanted, flag):
+    """Completions that are cut at the wanted size, or up to a tenth above it, would count as hits. Where no size is
+    wanted, or a cut is no hit, the cut is one's own affair. And what the sentence advises is taken."""
+    monkeypatch.setitem(TEMPLATES, "own", text)
+    model, words = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=1000)), byte_bpe()
+    config = Config(**{"template": "own", "target": 30, "stages": ("rouge_l:1",), **settings})
+    assert wanted_tokens(words, [CHINESE], config) == pytest.approx(wanted)
+    assert completion_limit(words, [CHINESE], config) > 1.1 * wanted  # the default one hides none
+
+    def cut(n: int) -> int:
+        asked = dataclasses.replace(config, max_new_tokens=n)
+        fit_posts(model, words, [[Post("cat", "", "0")], [CHINESE]], asked)
+        return asked.max_new_tokens
+
+    if not flag:
+        assert cut(5) == 5
+        return
+    for n in (5, int(1.1 * wanted)):
+        message = refusal(ValueError, cut, n)
+        assert f"--max-new-tokens {n} " in message and f"about {wanted} tokens" in message and f"--{flag}" in message
+    assert cut(int(re.search(r"at least (\d+)", message)[1])) == int(1.1 * wanted) + 1
 
 
 @pytest.mark.parametrize("unit, budget", [("chars", "0.5"), ("chars", "100"), ("tokens", "0.5"), ("tokens", "100")])

@@ -751,7 +751,7 @@ def test_a_run_whose_curves_cannot_be_drawn_is_not_a_failed_run(halfway, capsys,
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it is an ImportError
     assert train.main(["--resume", "--run", "r"]) == 0
     out = capsys.readouterr().out
-    assert "The curves could not be drawn (" in out and "python train.py --run r --resume draws them" in out
+    assert "The curves could not be drawn (" in out and "train.py --run r --resume draws them" in out
     assert "Look at runs/r/report.html; the model is in runs/r/model" in out
     monkeypatch.undo()
     monkeypatch.chdir(halfway.parent.parent)
