@@ -31,7 +31,7 @@ def run(small, tmp_path, monkeypatch):  # noqa: F811
         (tmp_path / name).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / name)
         flags = flags if "--resume" in flags else [*FEW, "--model", str(small), *flags]
-        monkeypatch.setattr(train, "Stop", lambda: Stopping(Path("runs/r/metrics.jsonl"), stop_at))
+        monkeypatch.setattr(train, "Stop", lambda _: Stopping(Path("runs/r/metrics.jsonl"), stop_at))
         assert train.main([*flags, "--run", "r"]) == 0
         return tmp_path / name / "runs" / "r"
 
