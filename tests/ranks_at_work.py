@@ -22,10 +22,10 @@ import grpo
 import lora
 import task
 import train
-from plumbing import ranks
+from plumbing import ranks, world
 from plumbing.log import Log
 
-ranks.BEAT = 0.5  # seconds; SILENCE is shortened only where somebody is to fall silent: tests may be slow
+world.BEAT = 0.5  # seconds; SILENCE is shortened only where somebody is to fall silent: tests may be slow
 FEW = ["--prompts", "3", "--group", "4", "--target", "6", "--eval-posts", "3", "--lr", "1e-3", "--save-every", "2",
        "--print-every", "1", "--stages", "length:3", "rouge_l+length:3", "--max-posts", "4"]
 
@@ -146,7 +146,7 @@ def frozen(rank):
     if rank == 1:
         at_step(3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
     else:
-        at_step(3, lambda: setattr(ranks, "SILENCE", 2.0))
+        at_step(3, lambda: setattr(world, "SILENCE", 2.0))
     return run(rank, name="frozen")
 
 
@@ -154,7 +154,7 @@ def frozen_while_we_work(rank):
     if rank == 1:
         at_step(1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
     else:
-        at_step(1, lambda: (setattr(ranks, "SILENCE", 2.0), time.sleep(600)))
+        at_step(1, lambda: (setattr(world, "SILENCE", 2.0), time.sleep(600)))
     return run(rank, name="asleep")
 
 
