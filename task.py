@@ -150,6 +150,7 @@ class Task:
 
 
 def make_task(tokenizer: Tokenizer, post: Post, config: Config, budget: float | int | None = None) -> Task:
+    """A post's task. The target is --target, or with a budget what that comes to for this document, in its unit."""
     target = config.target
     if budget is not None:
         target = int(allowance(tokenizer, post.document, budget, config.budget_unit))
@@ -247,7 +248,7 @@ def score(groups: Sequence[Group], tasks: Sequence[Task], reward: Reward, config
     """
     summaries = ranks.scored(partial(score_group, reward=reward, config=config, scorers=scorers), groups, tasks)
     lengths, rewards = [content_lengths(group) for group in groups], [group.rewards or [] for group in groups]
-    # What compares is a mean over the posts that have a summary of their own, where there are any.
+    # A reward that compares is a mean over the posts that have a reference, where there are any.
     compares = not NEED_REFERENCE.isdisjoint(reward.names)
     paid = [group for group, task in zip(groups, tasks) if task.post.reference or not compares] or groups
     line = {"reward": fmean(value for group in paid for value in group.rewards or ()),
