@@ -288,7 +288,7 @@ def score_group(group: Group, task: Task, reward: Reward, config: Config, scorer
 
 
 def with_silence(values: list[float], texts: list[str], config: Config, sign: float = 1.0) -> list[float]:
-    """Values of a group [G] -> the same, with the worst of them, or less by --missing, where there is no summary."""
+    """Values of a group [G] -> the same; where there is no summary the worst of them, or less (--missing penalty)."""
     values = [sign * value for value in values]
     values = [value if text.strip() else min(values) for value, text in zip(values, texts)]
     if config.missing == "penalty" and has_tag(config.template):
