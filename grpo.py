@@ -95,7 +95,7 @@ KLS = ("k1", "k2", "k3", "k3_ratio")
 # All that the losses differ in. Ratio: each token has its own, or the sequence has one. Surrogate: "clip" stops a
 # token's gradient once the ratio has left the band in the direction of A; "weight" clips the factor in front of it, so
 # that no token loses its gradient. Reduction: the sum over tokens is divided so that each completion weighs the same,
-# or each token, or by a constant. Step 1 divides by no length: only the constant keeps the direction of its gradient.
+# or each token, or by a constant. Step 1 divides by no length: the last two keep its direction, the first does not.
 # Which one should I take? Start with grpo. In it, a token of a long completion weighs less; dr_grpo and dapo undo that.
 # (bnpo is the same number as dapo here. In trl it divides by the tokens of a micro-batch.) gspo and cispo matter from
 # --updates 2 on: where the ratio is 1, the gradient that comes from the advantages depends on the reduction alone.
@@ -277,7 +277,7 @@ def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, 
 
     The metrics: loss, kl and entropy (nats a token, kl by k3), clip_frac, ratio and grad_norm, of several updates those
     of the last one; flat_groups (share of groups whose rewards are all equal); from before the first step logp_gap (the
-    largest between the sampler's log-probabilities and ours), teacher_kl (mean), tis_mean, tis_max, tis_ess.
+    largest difference between the sampler's log-probabilities and ours), teacher_kl (mean), tis_mean, tis_max, tis_ess.
 
     Raises FloatingPointError when the loss or the gradient is NaN or exploded (the weights are then as they were
     before this optimizer step), or when a weight is not finite after it.
@@ -285,7 +285,7 @@ def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, 
     rewards, weights = rewards_of(groups, by_part=config.advantage == "gdpo")  # [B, G], or [B, G, K] and [K]
     A = advantages(rewards, config.advantage, weights).to(groups[0].tokens.device)  # [B, G]
     flat = (A == 0).all(1)  # [B]
-    most = EXPLODED * max(1.0, A.abs().max().item())  # rewards of 1e9 are no reason to stop: the clip takes it out
+    most = EXPLODED * max(1.0, A.abs().max().item())  # an A of 1e9 may stay: grad_clip shortens its gradient
     beta = config.beta if ref_model is not None else 0.0
     # Without a KL, a batch of flat groups has gradient zero; AdamW would still move by momentum and weight decay.
     learns = beta > 0 or (teacher is not None and config.teacher_weight > 0) or not bool(flat.all())

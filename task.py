@@ -250,11 +250,11 @@ def score(groups: Sequence[Group], tasks: Sequence[Task], reward: Reward, config
     lengths, rewards = [content_lengths(group) for group in groups], [group.rewards or [] for group in groups]
     # A reward that compares is a mean over the posts that have a reference, where there are any.
     compares = not NEED_REFERENCE.isdisjoint(reward.names)
-    paid = [group for group, task in zip(groups, tasks) if task.post.reference or not compares] or groups
-    line = {"reward": fmean(value for group in paid for value in group.rewards or ()),
+    counted = [group for group, task in zip(groups, tasks) if task.post.reference or not compares] or groups
+    line = {"reward": fmean(value for group in counted for value in group.rewards or ()),
             "reward_std": fmean(float(np.std(each, ddof=min(1, len(each) - 1))) for each in rewards)}
     for name in groups[0].parts:
-        line[f"reward/{name}"] = fmean(value for group in paid for value in group.parts[name])
+        line[f"reward/{name}"] = fmean(value for group in counted for value in group.parts[name])
     return {**line, "length": fmean(n for group in lengths for n in group),
             **on_target(summaries, lengths, tasks, config, tokenizer),
             "distinct": fmean(map(distinct, summaries)),
