@@ -51,7 +51,7 @@ would stop both; the min tells them apart:
 
 Does the clip act by default? No: with one update a batch (`--updates 1`) rho is 1, and nothing is clipped.
 
-**5. The KL** holds the policy near `ref_model`, so that it does not unlearn its language for the sake of the reward.
+**5. The KL**, E[log pi - log ref] over the policy's own texts, holds it near `ref_model`, so it keeps its language.
 The ref_model is a frozen copy of the policy from the start of the run and does not move. (`--stage-ref previous`: from
 the start of this stage.) Under LoRA the first copy takes no memory: it is the policy with its adapters off.
 
