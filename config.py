@@ -84,7 +84,7 @@ class Config:
     lora_targets: str = flag("", "projections that get adapters, such as q_proj,v_proj; empty: all")
     max_prompt: int = flag(0, "leave out posts whose prompt has more tokens than this; 0: refuse what does not fit")
     lr: float = flag(6e-4, "learning rate (about 2e-6 for a model of 0.5B)")
-    warmup: int = flag(5, "steps over which the learning rate rises from 0")
+    warmup: int = flag(5, "steps over which the learning rate rises to --lr; 0 or 1: it starts there")
     lr_end: float = flag(0.1, "share of --lr that is left at the last step; 1 keeps it constant")
     weight_decay: float = flag(0.0, "how strongly AdamW pulls matrices to zero; norms and biases are spared, as in "
                                    "transformers' Trainer")
@@ -94,7 +94,7 @@ class Config:
     save_every: int = flag(20, "steps between checkpoints")
     print_every: int = flag(5, "steps between printed lines; each line is a mean over them")
     # --- memory and speed ---
-    # No result depends on these, but in the last bits (and under --lean in more of them).
+    # No result depends on these, but in the last bits (under --lean in more of them); on --ahead and --max-age it does.
     checkpointing: bool = flag(False, "recompute each layer in backward: less memory, about a third more time")
     lean: bool = flag(False, "bfloat16 weights and moments, rounded at random: half the memory (plumbing/adamw.py)")
     compile: bool = flag(False, "let torch.compile fuse each layer: a minute or more at first, and no gain on the CPUs "
@@ -103,8 +103,8 @@ class Config:
     # Servers that sample get the new weights before each step, in a folder that they must see too.
     rollouts: tuple[str, ...] = flag((), "vLLM servers that write the completions, such as http://localhost:8000; "
                                          "empty: this machine does (docs/machines.md)")
-    # A step then takes as long as the longer of the two, and not as both. But its completions are by the weights of one
-    # step before: take --tis 2 as well.
+    # Writing and learning then go on at the same time. But a step's completions are by the weights of one step before:
+    # take --tis 2 as well.
     ahead: int = flag(0, "1: the servers write the next batch while this one is learnt from; 0: they wait", (0, 1))
     max_age: int = flag(0, "completions of weights that are older than so many steps are thrown away and written anew, "
                            "on this machine; 0: off")

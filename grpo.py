@@ -14,7 +14,8 @@ want a larger J = sum_o pi(o) r(o), and only pi depends on the weights. With gra
     grad J = sum_o r(o) grad pi(o) = sum_o pi(o) r(o) grad log pi(o) = E[r grad log pi]
 
 That is a mean over samples (the score function, or REINFORCE). Differentiate log pi(o) = sum_t log pi(o_t | q, o_<t)
-and multiply by the reward, which may come from anything: a program, a person. With two words and rewards 1 and 0:
+and multiply by the reward, which may come from anything: a program, a person. Every token is paid for the whole text.
+Only over many texts does a token that helps get more than one that does not. With two words and rewards 1 and 0:
 
 >>> z, r = torch.zeros(2, requires_grad=True), torch.tensor([1.0, 0.0])  # the words' logits, their rewards
 >>> p = z.softmax(0).detach()  # [2]; detached: sampling is not differentiated
@@ -32,8 +33,7 @@ tensor([ 0.2500, -0.2500])
 A good b is the reward that this prompt brings on average. PPO trains a second network, the critic, to guess it. GRPO
 takes the group's mean. It holds r_i itself, which shortens the expected gradient to (G - 1)/G and does not turn it.
 (Dividing by the std, which depends on o too, turns it a little.) More prompts or more completions? Take enough
-completions that most groups hold both better and worse ones (flat_groups stays low). Then take more prompts: each
-one more averages out two kinds of noise, which prompts were drawn and what was answered.
+completions that most groups hold both better and worse ones (flat_groups stays low). Then take more prompts.
 
 **3. Old samples.** After the first update on a batch, its samples are those of an older policy. The weight rho makes
 their mean one of pi: sum_o pi_old (pi / pi_old) r = sum_o pi r. (The paper weighs each token by its own rho.) Where
@@ -51,7 +51,7 @@ would stop both; the min tells them apart:
 
 Does the clip act by default? No: with one update a batch (`--updates 1`) rho is 1, and nothing is clipped.
 
-**5. The KL** holds the policy near `ref_model`, so that it does not unlearn its language for the sake of the reward.
+**5. The KL**, E[log pi - log ref] over the policy's own texts, holds it near `ref_model`, so it keeps its language.
 The ref_model is a frozen copy of the policy from the start of the run and does not move. (`--stage-ref previous`: from
 the start of this stage.) Under LoRA the first copy takes no memory: it is the policy with its adapters off.
 
@@ -95,7 +95,7 @@ KLS = ("k1", "k2", "k3", "k3_ratio")
 # All that the losses differ in. Ratio: each token has its own, or the sequence has one. Surrogate: "clip" stops a
 # token's gradient once the ratio has left the band in the direction of A; "weight" clips the factor in front of it, so
 # that no token loses its gradient. Reduction: the sum over tokens is divided so that each completion weighs the same,
-# or each token, or by a constant.
+# or each token, or by a constant. Step 1 divides by no length: the last two keep its direction, the first does not.
 # Which one should I take? Start with grpo. In it, a token of a long completion weighs less; dr_grpo and dapo undo that.
 # (bnpo is the same number as dapo here. In trl it divides by the tokens of a micro-batch.) gspo and cispo matter from
 # --updates 2 on: where the ratio is 1, the gradient that comes from the advantages depends on the reduction alone.
@@ -123,7 +123,7 @@ def advantages(rewards: Tensor, kind: str = "group", weights: Tensor | None = No
     "mean":  r - mean (Dr. GRPO, Liu et al. 2025).
     "batch": r - the group's mean, divided by the std of all B*G rewards + 1e-4 (Liu et al. 2025, "Part I").
     "gdpo":  rewards [B, G, K] and weights [K]: "group" for each of K rewards, their weighted sum, divided by its std
-        over the batch + 1e-4 (Liu et al. 2026). What a reward may say is its weight, not its spread; equal sums differ.
+        over the batch + 1e-4 (Liu et al. 2026). So a reward counts by its weight, whatever its spread.
 
     Why divide by the std? Then the scale of the reward does not matter: the learning rate that fits rewards in [0, 1]
     fits rewards in [0, 100], and an easy prompt teaches as much as a hard one. When not? When a small spread is only
@@ -153,7 +153,7 @@ def advantages(rewards: Tensor, kind: str = "group", weights: Tensor | None = No
     elif kind == "gdpo":
         std = std.clamp(min=floor * (std * (weights != 0)).square().mean(0).sqrt().max())  # [B, 1, K]
     a = (a if kind == "mean" else a / (std + 1e-4)) @ weights  # [B, G]
-    # gdpo: the mean over the batch is 0, as in each group. Rounded, or rewards that cancel would leave such an error.
+    # gdpo: the batch's mean is 0 already, as each group's is. Rounded, because parts that cancel leave errors of 1e-16.
     return (a.round(decimals=12) / (a.std() + 1e-4) if kind == "gdpo" else a).float()
 
 
@@ -166,8 +166,8 @@ def policy_loss(logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, 
     logp, old_logp, ref_logp [B, G, T]: log-probabilities, in nats, of the sampled tokens under the policy that is
     trained, under the policy before the first step on this batch (None: the same one, so the ratio is 1), and under the
     ref_model (None: no KL). advantages [B, G], or [B, G, T]. mask [B, G, T] bool: True on sampled tokens, the stop too.
-    weights [B, G, T]: constants that multiply a token's policy term before the KL is added, of samples that others than
-    pi_old wrote: min(pi_old / pi_sampler, C), truncated importance sampling (Yao et al. 2025). None: 1.
+    weights [B, G, T]: constants that multiply a token's policy term, and not its KL, where another policy than pi_old
+    wrote the samples: min(pi_old / pi_sampler, C), truncated importance sampling (Yao et al. 2025). None: 1.
 
     `kl` is one of `kl_estimates`. The default here is k3, so that a bare call is the paper's loss and trl's. The
     command line's default is k3_ratio, because its gradient is that of the KL which is logged.
@@ -277,7 +277,7 @@ def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, 
 
     The metrics: loss, kl and entropy (nats a token, kl by k3), clip_frac, ratio and grad_norm, of several updates those
     of the last one; flat_groups (share of groups whose rewards are all equal); from before the first step logp_gap (the
-    largest between the sampler's log-probabilities and ours), teacher_kl (mean), tis_mean, tis_max, tis_ess.
+    largest difference between the sampler's log-probabilities and ours), teacher_kl (mean), tis_mean, tis_max, tis_ess.
 
     Raises FloatingPointError when the loss or the gradient is NaN or exploded (the weights are then as they were
     before this optimizer step), or when a weight is not finite after it.
@@ -285,11 +285,11 @@ def update(model: Transformer, ref_model: Transformer | None, groups: Sequence, 
     rewards, weights = rewards_of(groups, by_part=config.advantage == "gdpo")  # [B, G], or [B, G, K] and [K]
     A = advantages(rewards, config.advantage, weights).to(groups[0].tokens.device)  # [B, G]
     flat = (A == 0).all(1)  # [B]
-    most = EXPLODED * max(1.0, A.abs().max().item())  # rewards of 1e9 are no reason to stop: the clip takes it out
+    most = EXPLODED * max(1.0, A.abs().max().item())  # an A of 1e9 may stay: grad_clip shortens its gradient
     beta = config.beta if ref_model is not None else 0.0
     # Without a KL, a batch of flat groups has gradient zero; AdamW would still move by momentum and weight decay.
     learns = beta > 0 or (teacher is not None and config.teacher_weight > 0) or not bool(flat.all())
-    # Pieces that fit into memory; if all does, the groups, padded and stacked. Under torchrun, of this rank's groups.
+    # The groups, padded and stacked, in pieces that fit into memory. Under torchrun only the groups of this rank.
     micros = micro_batches(ranks.mine(groups), ranks.mine(A), config.micro_tokens)
     n_tokens = sum(int(g.mask.sum()) for g in groups)
     whole = {"beta": beta, "n_completions": A.numel(), "n_tokens": n_tokens,

@@ -2,7 +2,7 @@
 
     x = E[tokens]                                      embedding                     [N, T, D]
     x = x + operator(norm(x));  x = x + mlp(norm(x))   once a layer                  [N, T, D]
-    logits = norm(x) E^T                               or a separate head for E  [N, T, V]
+    logits = norm(x) E^T                               or a head in place of E       [N, T, V]
 
 One class serves four families. `qwen2`, `qwen3` and `llama` differ by three switches (a bias on q, k and v; a norm on
 q and k; an explicit head size) that the folder's `config.json` sets. `lfm2` has a short convolution in place of
@@ -268,7 +268,7 @@ class Cache:
         self.lengths = self.lengths[rows] if torch.is_tensor(self.lengths) else self.lengths
 
     def positions(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """Where the next tokens [N, T] stand in their rows -> [N, T]. Only real tokens count, and now they are read."""
+        """Where the next tokens [N, T] stand in their rows -> [N, T]. Padding takes no place. They are read now."""
         (N, T), read = tokens.shape, self.lengths
         if mask is None:
             self.lengths = read + T
@@ -279,7 +279,7 @@ class Cache:
     def allowed(self, tokens: Tensor, mask: Tensor | None) -> Tensor | None:
         """Which of their row's own tokens the next tokens [N, T] may see -> [N or 1, 1, T, S] bool, None: all of them.
 
-        A token sees itself and what came before it, padding left out. Now they are among the own tokens.
+        A token sees itself and what came before it, padding left out. From now on they count among the own tokens.
         """
         (N, T), device, before = tokens.shape, tokens.device, self.columns
         self.columns = S = before + T

@@ -44,7 +44,7 @@ class Summary(NamedTuple):
 
     text: str  # the summary: the whole completion, or what stands between its tags
     n_tokens: int  # sampled tokens of the whole completion, the stop token not counted
-    reference: str  # the summary that the post's own author wrote
+    reference: str  # the summary that came with the post; "" where none did
     target: int  # wanted size: tokens, or the budget in its unit
     document: str  # the post itself
     measured: dict[str, float] = {}  # what a language model found out about it: squish.py's numbers, by name

@@ -112,8 +112,8 @@ def _bos(model: Transformer) -> int:
     return c.eos_token_ids[0] if c.bos_token_id is None else c.bos_token_id
 
 
-# I(d) by model and document. It is thrown away when a weight of the base changes: a reference should not, but the
-# policy that is its own reference without adapters does.
+# I(d) by model and document. It is thrown away when a weight of the base changes. A frozen model's never do, but a
+# policy without adapters may be its own reference.
 _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 

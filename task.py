@@ -150,6 +150,7 @@ class Task:
 
 
 def make_task(tokenizer: Tokenizer, post: Post, config: Config, budget: float | int | None = None) -> Task:
+    """A post's task. The target is --target, or with a budget what that comes to for this document, in its unit."""
     target = config.target
     if budget is not None:
         target = int(allowance(tokenizer, post.document, budget, config.budget_unit))
@@ -251,13 +252,13 @@ def score(groups: Sequence[Group], tasks: Sequence[Task], reward: Reward, config
     """
     summaries = ranks.scored(partial(score_group, reward=reward, config=config, scorers=scorers), groups, tasks)
     lengths, rewards = [content_lengths(group) for group in groups], [group.rewards or [] for group in groups]
-    # What compares is a mean over the posts that have a summary of their own, where there are any.
+    # A reward that compares is a mean over the posts that have a reference, where there are any.
     compares = not NEED_REFERENCE.isdisjoint(reward.names)
-    paid = [group for group, task in zip(groups, tasks) if task.post.reference or not compares] or groups
-    line = {"reward": fmean(value for group in paid for value in group.rewards or ()),
+    counted = [group for group, task in zip(groups, tasks) if task.post.reference or not compares] or groups
+    line = {"reward": fmean(value for group in counted for value in group.rewards or ()),
             "reward_std": fmean(float(np.std(each, ddof=min(1, len(each) - 1))) for each in rewards)}
     for name in groups[0].parts:
-        line[f"reward/{name}"] = fmean(value for group in paid for value in group.parts[name])
+        line[f"reward/{name}"] = fmean(value for group in counted for value in group.parts[name])
     return {**line, "length": fmean(n for group in lengths for n in group),
             **on_target(summaries, lengths, tasks, config, tokenizer),
             "distinct": fmean(map(distinct, summaries)),
@@ -291,7 +292,7 @@ def score_group(group: Group, task: Task, reward: Reward, config: Config, scorer
 
 
 def with_silence(values: list[float], texts: list[str], config: Config, sign: float = 1.0) -> list[float]:
-    """Values of a group [G] -> the same, with the worst of them, or less by --missing, where there is no summary."""
+    """Values of a group [G] -> the same; where there is no summary the worst of them, or less (--missing penalty)."""
     values = [sign * value for value in values]
     values = [value if text.strip() else min(values) for value, text in zip(values, texts)]
     if config.missing == "penalty" and has_tag(config.template):

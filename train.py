@@ -69,8 +69,8 @@ def train(config: Config, folder: Path, resume: bool, stop: Stop) -> None:
         "base model": model if config.lora else ref_model, "teacher": teacher,
         **{f"model {n} that measures squish": scorer for n, (scorer, _) in enumerate(scorers, 1)}})
     make_fast_or_small(config, model, ref_model)
-    check_device(model, min(longest, key=len), sample, grpo.group_logprobs)  # nothing on the CPU
-    if not mlx:  # whose memory is another one
+    check_device(model, min(longest, key=len), sample, grpo.group_logprobs)  # does nothing on the CPU
+    if not mlx:  # a step in torch says nothing of MLX's memory
         rehearse_largest_step(model, ref_model, ranks.largest_share(longest), config, free, grpo, teacher)
     optimizer = make_optimizer(config, model)
     # A run is its weights, the optimizer's moments and a step; the rest follows from its seed. It resumes bit for bit.
@@ -110,7 +110,7 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
               optimizer, total: int, log: Log, stop: Stop, act, learn, teacher=None) -> int:
     """The algorithm box of the paper (Shao et al. 2024, algorithm 1), from `step` to the stage's end, which is returned
     if nobody stops the run. `act` and `learn` are `sample` and `update`, of torch, MLX or servers."""
-    learn = partial(learn, teacher=teacher) if teacher is not None else learn  # MLX's knows none
+    learn = partial(learn, teacher=teacher) if teacher is not None else learn  # MLX's update takes none
     while step < stage.end:
         clock = time.monotonic()
         for parameters in optimizer.param_groups:
@@ -129,7 +129,7 @@ def run_stage(config: Config, folder: Path, stage: Stage, step: int, *, model, r
         ages = renew(groups, step, config, partial(sample, model, **wish))  # what is too old is written anew
         # 3. Each summary gets a number. Any function of the text will do, for no gradient goes through it: the loss
         #    asks only how much better than its own group a summary was.
-        # What was written is kept if the rest fails, or to look at; a reward may also ask a server, which may go away.
+        # Some groups are kept for the report; if this fails, all texts; if a reward's server is gone, a checkpoint.
         kept = keeping_groups(log, step + 1, groups, model=model, ref_model=ref_model, tokenizer=tokenizer, grpo=grpo,
                               teacher=teacher)
         with kept, kept_when_alone(folder, model, optimizer, step):
@@ -241,6 +241,7 @@ def make_fast_or_small(config: Config, model: Transformer, ref_model: Transforme
 def make_optimizer(config: Config, model: Transformer) -> torch.optim.Optimizer:
     """AdamW over what is trained: all weights, or under LoRA the adapters.
 
+    Its second moment is a mean over about 100 steps (0.99): torch's 0.999, over 1,000, would outlast a run of 220.
     --lean keeps weights and moments in bfloat16 and needs an AdamW that rounds at random, or small updates would be
     lost (plumbing/adamw.py). Adapters are float32 even then, so torch's own serves them.
     """

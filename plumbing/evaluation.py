@@ -98,7 +98,9 @@ def say_row(name: str, r: dict, posts: Sequence, n_shown: int) -> None:
     cells = [form.format(r[key]) if key in r else "-" for key, _, _, form in COLUMNS]
     print(f"{name:32}" + "".join(f"{cell:>{w + 1}}" for cell, (_, _, w, _) in zip(cells, COLUMNS)), flush=True)
     for row, at in list(zip(r["summaries"], order(r["summaries"], len(posts))))[:n_shown]:
-        print(f"    {row['id']}: {row['summary']!r} ({row['length']} tokens)\n    for {posts[at].reference!r}")
+        print(f"    {row['id']}: {row['summary']!r} ({row['length']} tokens)")
+        if posts[at].reference:  # posts need not have one
+            print(f"    for {posts[at].reference!r}")
 
 
 def say_figures(results: dict[str, dict], posts: dict[str, Sequence], out: Path) -> None:

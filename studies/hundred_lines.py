@@ -18,7 +18,7 @@ from model import load
 TINY = Path(__file__).parents[1] / "tiny"  # the embedded model and its posts
 B, G, TARGET = 4, 8, 40  # posts a step, completions of each, and the length that is wanted, in tokens
 STEPS, UPDATES = 40, 1  # batches that are sampled, and optimizer steps on each of them
-LR, CLIP, BETA, TEMPERATURE, GRAD_CLIP = 6e-4, 0.2, 0.1, 1.0, 1.0  # as in config.py, and so is what stands above
+LR, CLIP, BETA, TEMPERATURE, GRAD_CLIP = 6e-4, 0.2, 0.1, 1.0, 1.0  # all numbers here are config.py's defaults
 
 
 def prompt_of(tokenizer, document):
@@ -95,7 +95,7 @@ def train(steps=STEPS):
     torch.manual_seed(0)  # the same run each time
     model, tokenizer = load(TINY, "cpu")  # the policy, which learns
     ref_model = copy.deepcopy(model).requires_grad_(False)  # what it was: the KL holds the policy near it
-    optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.99), weight_decay=0.0)  # as in train.py
+    optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.99), weight_decay=0.0)  # train.py's, but LR stays
     posts = [json.loads(line) for line in open(TINY / "train.jsonl", encoding="utf-8")]  # the summaries are not used
     means = []  # for each step the mean reward: the one number that shows whether it learns
     for step in range(steps):  # the algorithm box of the paper

@@ -22,6 +22,7 @@ from config import Config
 from metrics import distinct
 from model import load
 from plumbing import compare, power, results
+from plumbing.evaluation import say_row
 from plumbing.posts import TINY, Post, load_posts
 from plumbing.results import by_post, figures, histogram, near, order
 from squish import squish
@@ -151,6 +152,14 @@ def test_cold_samples_are_the_greedy_summaries(tiny):
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_a_reference_is_shown_where_there_is_one(capsys):
+    posts = [Post("Ann lost a shoe.", "A shoe is gone.", "1"), Post("Tom won a prize.", "", "2")]
+    rows = [{"id": post.id, "summary": "Gone.", "length": 2} for post in posts]
+    say_row("tiny", {"summaries": rows}, posts, 2)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "    1: 'Gone.' (2 tokens)", "    for 'A shoe is gone.'", "    2: 'Gone.' (2 tokens)"]
 
 
 def test_the_command_writes_every_summary_and_a_table(runs, capsys):
