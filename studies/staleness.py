@@ -5,7 +5,7 @@
     python -m studies.staleness tables           # into docs/machines.md, from studies/results/staleness/ alone
     python -m studies.staleness figures          # figures/staleness.png, likewise
 
-Every run is the embedded default with the reward of its second stage, 100 steps, and the default's learning rate; half
+Every run is the embedded default with the reward of its second stage, 100 steps, and the default's learning rate; some
 of them without a KL, which hides what happens. In the process of a run the sampler is exchanged for one that keeps old
 weights (`behind`); the files stay as they are. A run takes about a minute of one core. One that was cut off is begun
 anew: its old weights are gone.
