@@ -94,10 +94,23 @@ def refuse_other_folders(folder: Path) -> None:
 
     if holds("adapter_config.json") and not holds("config.json"):
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        if folder.name == "adapter" and (folder.parent / "model" / "config.json").exists():
+            raise ValueError(f"{folder} holds an adapter of {base}, and no model: give {folder.parent / 'model'}, "
+                             f"where it is merged.")
         raise ValueError(f"{folder} holds an adapter of {base}, and no model: merge it into that with peft "
                          f"(merge_and_unload, then save_pretrained), and give the merged folder.")
     if holds("model.safetensors", "model.safetensors.index.json"):
         return
+    if holds("checkpoint/state.pt", "checkpoint/previous.pt", "metrics.jsonl"):
+        raise ValueError(f"{folder} is a run that has not ended, and has no model yet: go on with it, python train.py "
+                         f"--run {folder.name} --resume, which writes {folder / 'model'} when it ends or is stopped.")
+    inside = sorted(p.parent for depth in ("*", "*/*") for p in folder.glob(f"{depth}/config.json"))
+    if inside and not holds("config.json"):
+        raise ValueError(f"{folder} is no model folder, but there is one in it: give {inside[-1]}"
+                         + (f", or another of its {len(inside)}." if len(inside) > 1 else "."))
+    if holds("model-*-of-*.safetensors"):
+        raise ValueError(f"{folder} has shards of a model, and no model.safetensors.index.json that says what is in "
+                         f"which: copy or download that file too.")
     if holds("pytorch_model*.bin", "*.bin", "*.pth", "*.pt"):
         raise ValueError(f"{folder} has its weights in pickled files (.bin, .pth) only, which can run code when they "
                          f"are read: load it with transformers and save_pretrained it, which writes model.safetensors.")
@@ -122,7 +135,9 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not valid JSON ({e}): copy or download it again.") from e
+        saved = isinstance(e, UnicodeDecodeError) or path.read_bytes().startswith(b"\xef\xbb\xbf")  # by some editor
+        advice = "save it as UTF-8 without a BOM" if saved else "copy or download it again"
+        raise ValueError(f"{path} is not valid JSON ({e}): {advice}.") from e
     if not isinstance(value, dict):  # a broken file, not a wrong type in the program
         raise ValueError(f"{path} holds a {type(value).__name__} where an object was expected.")
     return value
@@ -150,7 +165,8 @@ def read_weights(folder: Path, config: ModelConfig, want: dict[str, torch.Size],
     state: dict[str, Tensor] = {}
     for file in (folder / n for n in weight_files(folder)):
         if not file.exists():
-            raise FileNotFoundError(f"{file} is missing: the folder's weights are not complete.")
+            raise FileNotFoundError(f"{file} is missing: the folder's weights are not complete. Copy or download it "
+                                    f"again.")
         refuse_pointer(file)
         try:
             # safetensors before 0.8 takes "mps" for a device, and "mps:0" for none.
@@ -164,11 +180,15 @@ def read_weights(folder: Path, config: ModelConfig, want: dict[str, torch.Size],
                     if config.tie_word_embeddings and name == "lm_head.weight":
                         name = "embed_tokens.weight"  # a tied matrix may be stored under either name, or both
                     if name not in want:
-                        raise ValueError(f"{file} holds '{key}', which {config.model_type} has no place for.")
+                        raise ValueError(f"{file} holds '{key}', which {config.model_type} has no place for."
+                                         + wrapped(key, keys, want))
                     tensor = f.get_tensor(key)
                     if tensor.shape != want[name]:
                         raise ValueError(f"{file}: '{key}' has shape {list(tensor.shape)}, "
-                                         f"config.json asks for {list(want[name])}.")
+                                         f"config.json asks for {list(want[name])}. "
+                                         + ("It was saved while its parts lay on several machines (ZeRO-3, FSDP): "
+                                            "gather them, and save again." if not tensor.numel() else
+                                            "Take both files from one save."))
                     tensor = tensor.to(dtype)
                     if not all(piece.isfinite().all() for piece in tensor.flatten().split(2 ** 22)):  # little memory
                         raise ValueError(f"{file}: '{key}' holds NaN or infinite numbers (read as "
@@ -185,6 +205,19 @@ def read_weights(folder: Path, config: ModelConfig, want: dict[str, torch.Size],
         raise ValueError(f"{folder} lacks {len(missing)} weights that its config.json asks for, "
                          f"the first is '{missing[0]}'.")
     return state
+
+
+def wrapped(key: str, keys: list[str], want: dict[str, torch.Size]) -> str:
+    """What to do about a tensor whose name is a wanted one behind a prefix that all have: of a wrapper of the model."""
+    parts = key.split(".")
+    for n in range(1, len(parts)):
+        rest = ".".join(parts[n:])
+        if rest in want or rest.startswith("model.") and rest != "model.lm_head.weight" and rest[6:] in want:
+            prefix = ".".join(parts[:n]) + "."
+            if all(each.startswith(prefix) for each in keys):
+                return (f" Its names begin with '{prefix}', of what was around the model when it was saved (DDP, "
+                        f"torch.compile, PEFT): save the model inside, with its save_pretrained, or rename them.")
+    return ""
 
 
 def refuse_quantized(file: Path, kinds: dict[str, str]) -> None:

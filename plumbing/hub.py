@@ -136,6 +136,12 @@ def calm(source: str) -> Iterator[Any]:
             enable_progress_bars()
 
 
+def mixes_types() -> bool:
+    """Whether `datasets` is so new that it can write a column of texts and numbers as JSON, "5" and "\\"a text\\""."""
+    from datasets.packaged_modules.json.json import JsonConfig
+    return hasattr(JsonConfig, "on_mixed_types")
+
+
 def explain(error: Exception, source: str) -> Exception:
     """What was raised on the way to a file or a data set of the hub -> an error whose message is a sentence."""
     from datasets import config, exceptions, get_dataset_config_names
@@ -144,6 +150,8 @@ def explain(error: Exception, source: str) -> Exception:
         advice = "mend it, or write a .jsonl file"
         if source.endswith(".zst") and "zst" in says(error):
             advice = "pip install zstandard, or unpack it with 'zstd -d'"
+        if isinstance(error, UnicodeDecodeError) or "codec can't decode" in says(error):
+            advice = "save it as UTF-8"
         return ValueError(f"{source} cannot be read ({says(error)}): {advice}.")
     name, part = named.groups()
     if isinstance(error, ValueError):
