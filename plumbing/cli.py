@@ -126,7 +126,8 @@ def run_to_resume(config, given: dict, runs: Path) -> tuple:
             raise ValueError(f"{folder} was begun with {name} = {saved.get(name)}, not {value}: a resumed run keeps "
                              f"its settings, but for {', '.join('--' + n.replace('_', '-') for n in FREE)}. Leave the "
                              f"flag out, or start another run.")
-    kept = {f.name: saved[f.name] for f in fields(config) if f.name in saved}
+    check_settings(type(config), saved, folder / "config.json")
+    kept = {f.name: saved[f.name] for f in fields(config) if f.name in saved} | {"run": folder.name}  # also if renamed
     then = kept.get("backend", "torch")
     if given.get("backend", then) != then:
         say(f"{folder} was computed by {then} so far: by {given['backend']} it goes on within rounding, and not bit "
@@ -136,6 +137,19 @@ def run_to_resume(config, given: dict, runs: Path) -> tuple:
         say(f"{folder} was computed by {saved.get('ranks', 1)} processes so far: by {ranks.count()} it goes on within "
             f"rounding, and not bit for bit.")
     return type(config)(**kept | {name: given[name] for name in FREE if name in given}), folder
+
+
+def check_settings(kind: type, saved: dict, where: Path) -> None:
+    """ValueError where config.json is not what a run wrote: edited by hand, or broken. What is not there was no flag
+    yet when the run began, and has its default, which changes nothing."""
+    if not {"model", "data", "stages", "seed"} <= saved.keys():
+        raise ValueError(f"{where} does not hold the settings of a run: put back the one that the run was begun with, "
+                         f"or start another run.")
+    for f in fields(kind):
+        value, kinds = saved.get(f.name, f.default), (int, float) if type(f.default) is float else (type(f.default),)
+        if type(value) not in kinds or f.metadata["choices"] and value not in f.metadata["choices"]:
+            raise ValueError(f"{where} says that {f.name} is {value!r}, which it cannot be: put back what the run was "
+                             f"begun with (the default is {f.default!r}).")
 
 
 def hold(folder: Path) -> FileLock:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from plumbing import ranks
 from plumbing.download import download
+from plumbing.foreign import read_json, refuse_other_folders, refuse_pointer, refuse_quantized, wrapped
 from plumbing.model_config import QUANTIZED, ModelConfig, read_config, warn
 from plumbing.weights import write_tensors
 
@@ -87,47 +88,6 @@ def find_folder(name_or_path: str | Path) -> Path:
     return download(name, FILES, weight_files)
 
 
-def refuse_other_folders(folder: Path) -> None:
-    """One sentence for what is no model folder, or none that is read here: what it is, and what makes one of it."""
-    def holds(*patterns):
-        return any(next(folder.glob(pattern), None) for pattern in patterns)
-
-    if holds("adapter_config.json") and not holds("config.json"):
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        raise ValueError(f"{folder} holds an adapter of {base}, and no model: merge it into that with peft "
-                         f"(merge_and_unload, then save_pretrained), and give the merged folder.")
-    if holds("model.safetensors", "model.safetensors.index.json"):
-        return
-    if holds("pytorch_model*.bin", "*.bin", "*.pth", "*.pt"):
-        raise ValueError(f"{folder} has its weights in pickled files (.bin, .pth) only, which can run code when they "
-                         f"are read: load it with transformers and save_pretrained it, which writes model.safetensors.")
-    if holds("*.gguf"):
-        raise ValueError(f"{folder} holds GGUF files, which are quantised: take the model's folder with "
-                         f"model.safetensors.")
-
-
-def refuse_pointer(path: Path) -> None:
-    """What `git clone` leaves where git-lfs is not installed: three lines of text in place of the file."""
-    if path.exists():
-        with open(path, "rb") as f:
-            if f.read(40).startswith(b"version https://git-lfs"):
-                raise ValueError(f"{path} is a Git LFS pointer and not the file itself: run 'git lfs install' and "
-                                 f"'git lfs pull' in {path.parent}, or download the model again.")
-
-
-def read_json(path: Path) -> dict:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: a model folder needs config.json and *.safetensors.")
-    refuse_pointer(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not valid JSON ({e}): copy or download it again.") from e
-    if not isinstance(value, dict):  # a broken file, not a wrong type in the program
-        raise ValueError(f"{path} holds a {type(value).__name__} where an object was expected.")
-    return value
-
-
 def weight_files(folder: Path) -> list[str]:
     """The names of the weight files. The single file wins, as it does in transformers; else the index names shards."""
     index = folder / "model.safetensors.index.json"
@@ -150,7 +110,8 @@ def read_weights(folder: Path, config: ModelConfig, want: dict[str, torch.Size],
     state: dict[str, Tensor] = {}
     for file in (folder / n for n in weight_files(folder)):
         if not file.exists():
-            raise FileNotFoundError(f"{file} is missing: the folder's weights are not complete.")
+            raise FileNotFoundError(f"{file} is missing: the folder's weights are not complete. Copy or download it "
+                                    f"again.")
         refuse_pointer(file)
         try:
             # safetensors before 0.8 takes "mps" for a device, and "mps:0" for none.
@@ -164,11 +125,15 @@ def read_weights(folder: Path, config: ModelConfig, want: dict[str, torch.Size],
                     if config.tie_word_embeddings and name == "lm_head.weight":
                         name = "embed_tokens.weight"  # a tied matrix may be stored under either name, or both
                     if name not in want:
-                        raise ValueError(f"{file} holds '{key}', which {config.model_type} has no place for.")
+                        raise ValueError(f"{file} holds '{key}', which {config.model_type} has no place for."
+                                         + wrapped(key, keys, want))
                     tensor = f.get_tensor(key)
                     if tensor.shape != want[name]:
                         raise ValueError(f"{file}: '{key}' has shape {list(tensor.shape)}, "
-                                         f"config.json asks for {list(want[name])}.")
+                                         f"config.json asks for {list(want[name])}. "
+                                         + ("It was saved while its parts lay on several machines (ZeRO-3, FSDP): "
+                                            "gather them, and save again." if not tensor.numel() else
+                                            "Take both files from one save."))
                     tensor = tensor.to(dtype)
                     if not all(piece.isfinite().all() for piece in tensor.flatten().split(2 ** 22)):  # little memory
                         raise ValueError(f"{file}: '{key}' holds NaN or infinite numbers (read as "
@@ -185,14 +150,6 @@ def read_weights(folder: Path, config: ModelConfig, want: dict[str, torch.Size],
         raise ValueError(f"{folder} lacks {len(missing)} weights that its config.json asks for, "
                          f"the first is '{missing[0]}'.")
     return state
-
-
-def refuse_quantized(file: Path, kinds: dict[str, str]) -> None:
-    """Packed weights (4 or 8 bits) are whole numbers or 8-bit floats, with scales beside them."""
-    packed = [key for key, kind in kinds.items() if kind not in ("F64", "F32", "F16", "BF16")]
-    if packed:
-        raise ValueError(f"{file} holds '{packed[0]}' as {kinds[packed[0]]}, which is quantised: crisp trains plain "
-                         f"weights only. Take the model as it was before, or dequantise it with transformers.")
 
 
 def open_folder(name_or_path: str | Path) -> tuple[Path, dict, ModelConfig, Tokenizer | None]:

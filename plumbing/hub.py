@@ -24,6 +24,7 @@ from plumbing.folder import write_file
 
 # owner/name or owner/name/config, but not a file that is missing
 NAME = re.compile(r"(?!\.)(?!.*\.(?:jsonl?|csv|parquet|gz|zst)$)([\w.-]+/[\w.-]+)(?:/([\w.+-]+))?")
+MIXED = re.compile(r"Column\(/(.*?)\) changed from (\w+) to (\w+) in row (\d+)")  # Arrow says so
 VALIDATION = ("validation", "val", "valid", "dev")  # people write all of these and mean one
 MANY_FILES = 20  # of up to half a gigabyte each: so large a split is not read whole
 
@@ -136,14 +137,33 @@ def calm(source: str) -> Iterator[Any]:
             enable_progress_bars()
 
 
+def mixes_types() -> bool:
+    """Whether `datasets` is so new that it can write a column of texts and numbers as JSON, "5" and "\\"a text\\""."""
+    from datasets.packaged_modules.json.json import JsonConfig
+    return hasattr(JsonConfig, "on_mixed_types")
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what raised it, what had raised that."""
+    while error:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def explain(error: Exception, source: str) -> Exception:
     """What was raised on the way to a file or a data set of the hub -> an error whose message is a sentence."""
     from datasets import config, exceptions, get_dataset_config_names
     from huggingface_hub.errors import RepositoryNotFoundError
     if not (named := NAME.fullmatch(source)):
         advice = "mend it, or write a .jsonl file"
+        if mixed := MIXED.search(" ".join(map(str, causes(error)))):
+            column, one, other, row = mixed.groups()
+            return ValueError(f"{source} cannot be read: '{column}' is a {one} at first and a {other} in record "
+                              f"{int(row) + 1}. Write one kind in all of them.")
         if source.endswith(".zst") and "zst" in says(error):
             advice = "pip install zstandard, or unpack it with 'zstd -d'"
+        if isinstance(error, UnicodeDecodeError) or "codec can't decode" in says(error):
+            advice = "save it as UTF-8"
         return ValueError(f"{source} cannot be read ({says(error)}): {advice}.")
     name, part = named.groups()
     if isinstance(error, ValueError):

@@ -30,7 +30,9 @@ FORMS = {  # what other files begin with
     b"\xff\xfe": "it is UTF-16: save it as UTF-8", b"\xfe\xff": "it is UTF-16: save it as UTF-8",
     b"PAR1": "it is Parquet: call it .parquet", b"\x28\xb5\x2f\xfd": "it is zst: call it .jsonl.zst",
     b"\x1f\x8b": "it is gzip: call it .jsonl.gz", b"PK": "it is a zip or a spreadsheet: unpack it, or save it as .csv",
-    b"version https://git-lfs": "it is a Git LFS pointer, and not the file: fetch that with 'git lfs pull'"}
+    b"version https://git-lfs": "it is a Git LFS pointer, and not the file: fetch that with 'git lfs pull'",
+    b"<!DOCTYPE": "it is a web page: download the file itself", b"<html": "it is a web page: download the file itself"}
+INDEX = "__index_level_0__"  # where pandas puts the first column of a table with more columns than names
 READERS = {"csv": {"keep_default_na": False, "na_filter": False}, "parquet": {}, "json": {}}
 
 
@@ -74,6 +76,8 @@ def load_posts(source: str | Path, split: str = "train", document: str | None = 
     with closing(rows_of(path)) as rows:
         for where, number, row in rows if on_hub(source) else records_of(rows, path, document):
             at = f"{path} {where} {number}"
+            if ".csv" in path.suffixes:
+                check_columns(row, at)
             text, summary = texts_of(row, at, document, reference)
             if is_blank(text):
                 blank.append(no_text(row, at, document, reference))
@@ -98,6 +102,9 @@ def find_split(folder: Path, split: str, advice: str) -> Path:
     found = [file for name in hub.spellings(split) for ending in (".jsonl", ".jsonl.gz", *ENDINGS)
              if (file := folder / f"{name}{ending}").exists()]
     if not found:
+        if shards := sorted(folder.rglob(f"{split}-*-of-*.parquet")):  # of a data set that was copied from the hub
+            raise FileNotFoundError(f"{folder} has no {split}.parquet, but {len(shards)} of its parts: give one in "
+                                    f"place of the folder, {shards[0]}, or write them into one {split}.parquet.")
         raise FileNotFoundError(f"{folder} has no {split}.jsonl or {split}.jsonl.gz (one JSON object a line, with the "
                                 f"fields document and summary) and no {split}.csv, {split}.json or {split}.parquet: "
                                 f"{advice}.")
@@ -108,9 +115,13 @@ def rows_of(path: Path) -> Generator[tuple[str, int, Any], None, None]:
     """("line" or "row", its number from 1 on, what it holds) of a file. Blank lines are left out and counted."""
     if path.name.endswith(ENDINGS):
         ending = next(ending for ending in ENDINGS if path.name.endswith(ending))
+        if other := other_form(path):
+            raise ValueError(f"{path} cannot be read: {other}.")
         reader = ending.split(".")[1].replace("jsonl", "json")
         options = {"data_files": glob.escape(str(path.resolve())), "split": "train", **READERS[reader]}
         with hub.calm(str(path)) as datasets:  # streamed: no cache holds a copy of it
+            if reader == "json" and hub.mixes_types():  # else one number among the texts puts all of them in quotes
+                options["on_mixed_types"] = None
             rows = datasets.load_dataset(reader, streaming=True, **options)
             columns: dict = next(iter(rows), {}) if reader == "csv" else {}
             if columns:  # all of them text: a guess would make 7.0 of the summary "7."
@@ -125,8 +136,9 @@ def rows_of(path: Path) -> Generator[tuple[str, int, Any], None, None]:
                 if line.strip():
                     yield "line", number, json.loads(line)
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as e:
+        advice = "save it as UTF-8" if isinstance(e, UnicodeDecodeError) else "copy it again"
         raise ValueError(f"{path} breaks off or is not text after {number} lines ({e}): "
-                         f"{looks_like(path) or 'copy it again'}.") from e
+                         f"{looks_like(path) or advice}.") from e
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} line {number} is not valid JSON ({e}): "
                          f"{looks_like(path) or 'mend or delete that line'}.") from e
@@ -166,13 +178,22 @@ def refuse_shape(path: Path, holds: str, code: str) -> NoReturn:
                      f'which is read.')
 
 
+def other_form(path: Path) -> str:
+    """What a file is that begins like no file of its name, and what to do; "" where it may be what its name says."""
+    with open(path, "rb") as file:
+        start = file.read(40)
+    if path.suffix == ".gz" and start and not start.startswith(b"\x1f\x8b") and b"git-lfs" not in start:
+        return f"it is not gzip: call it {path.stem}"
+    return next((advice for mark, advice in FORMS.items() if start.startswith(mark)
+                 and not path.name.endswith((advice.split()[-1], ".gz" if "gzip" in advice else ".zst"))), "")
+
+
 def looks_like(path: Path) -> str:
     """What a file that is no JSON lines seems to be, and what to do; "" where nothing is known."""
+    if (other := other_form(path)) or path.suffix == ".gz":
+        return other
     with open(path, "rb") as file:
         start = file.read(4000)
-    for mark, advice in FORMS.items():
-        if start.startswith(mark):
-            return advice
     lines = [line.strip() for line in start.removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()]
     if lines and lines[0].startswith(b"["):
         return "it looks like a JSON array, which is read from a file that is called .json"
@@ -234,12 +255,27 @@ def fields_of(row: dict, document: str | None, reference: str | None) -> tuple[s
     return d, reference or next((f for f in REFERENCE_FIELDS if f in row and f != d), None)
 
 
+def check_columns(row: dict, where: str) -> None:
+    """Refuse a row of a table whose texts have commas, but no quotes around them: its columns would be shifted.
+
+    R leaves the column of its row numbers without a name, and they are no text."""
+    first = row.pop(INDEX, None)
+    if first is not None and not first.strip().isdigit() and not parted_by(row):
+        raise ValueError(f"{where} has more columns than the first line has names: put a text with commas in it into "
+                         f"quotes, \"Tom, in Leeds\", or write a .jsonl file.")
+
+
+def parted_by(row: dict) -> str:
+    """What parts the columns of a table that seems to have one; "" where nothing else than commas does."""
+    apart = re.search(r"[;\t|]", "".join(row)) if len(row) == 1 else None
+    return apart[0] if apart else ""
+
+
 def no_text(row: dict, where: str, document: str | None, reference: str | None) -> str:
     """What to say of a row whose text is missing."""
     d, has = fields_of(row, document, reference)[0], f"its fields are {', '.join(row) or 'none'}"
-    apart = re.search(r"[;\t|]", "".join(row)) if len(row) == 1 else None
-    if apart:
-        return f"{where} has one field, {''.join(row)!r}: {apart[0]!r} parts its columns. Save it with commas."
+    if apart := parted_by(row):
+        return f"{where} has one field, {''.join(row)!r}: {apart!r} parts its columns. Save it with commas."
     if d is None or d not in row:
         return (f"{where} has no text in a field '{d or DOCUMENT_FIELDS[0]}': {has}. Name the one that holds the text "
                 f"with --document-field, or leave such rows out with --min-chars 1.")

@@ -4,6 +4,7 @@ a summary is no zero.
 Oracles: the run's own last line, the same posts without those that lack something, and numbers made by hand.
 """
 
+import gzip
 import json
 import os
 import re
@@ -285,3 +286,65 @@ def test_a_table_that_is_parted_by_something_else_is_told_so(tmp_path, mark):
     with pytest.raises(ValueError, match="Save it with commas") as caught:
         load_posts(str(path))
     assert repr(mark) in str(caught.value) and "--document-field" not in str(caught.value)
+
+
+# --- tables that would be read otherwise than they were meant ------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["document,summary", "text"])
+def test_a_text_with_commas_and_no_quotes_is_not_cut_at_them(tmp_path, head):
+    """A table with one column more than names is taken for one with row names: "Tom lost a shoe" would be the name
+    of a row, and " in Leeds" a post. Row numbers without a name, as R writes them, are what they seem to be."""
+    pytest.importorskip("datasets")
+    path = tmp_path / "posts.csv"
+    path.write_text(f"{head}\n" + f"Tom lost a shoe, in Leeds{',A shoe.' * (head != 'text')}\n" * 12, encoding="utf-8")
+    with pytest.raises(ValueError, match="row 1 has more columns .* quotes"):
+        load_posts(str(path))
+    path.write_text('document,summary\n1,"Tom lost a shoe, in Leeds",A shoe.\n', encoding="utf-8")
+    assert [(p.document, p.reference) for p in load_posts(str(path))] == [("Tom lost a shoe, in Leeds", "A shoe.")]
+
+
+def test_a_table_parted_by_semicolons_is_told_so_whatever_commas_are_in_it(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "posts.csv").write_text("document;summary\nTom, in Leeds;A shoe.\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="Save it with commas"):
+        load_posts(str(tmp_path / "posts.csv"))
+
+
+def test_a_copy_of_the_hub_s_data_set_is_told_which_file_to_give(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("datasets")
+    (tmp_path / "data").mkdir()
+    part = tmp_path / "data" / "train-00000-of-00001.parquet"
+    pandas.DataFrame({"document": ["A cat sat."]}).to_parquet(part)
+    with pytest.raises(FileNotFoundError) as caught:
+        load_posts(str(tmp_path))
+    given = re.search("in place of the folder, (.*), or", str(caught.value))[1]
+    assert given == str(part) and [post.document for post in load_posts(given)] == ["A cat sat."]
+
+
+def test_one_number_among_the_texts_does_not_put_the_others_into_quotes(tmp_path):
+    """`datasets` writes a column of several types as JSON: the post would begin and end with a quotation mark."""
+    pytest.importorskip("datasets")
+    path = tmp_path / "posts.json"
+    path.write_text(json.dumps([{"document": "A cat sat."}] * 2000 + [{"document": 5}]), encoding="utf-8")
+    with pytest.raises(ValueError, match="'document' is a string at first and a number in record 2001. Write one kind"):
+        load_posts(str(path))
+
+
+@pytest.mark.parametrize("name, content, advice", [
+    ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "'git lfs pull'"),
+    ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "'git lfs pull'"),
+    ("a.csv", "document,summary\na,b\n".encode("utf-16"), "save it as UTF-8"),
+    ("a.csv", "document,summary\nZürich,b\n".encode("cp1252"), "save it as UTF-8"),
+    ("a.jsonl", '{"document": "Zürich"}\n'.encode("cp1252"), "save it as UTF-8"),
+    ("a.jsonl", b"<!DOCTYPE html>\n<html>", "download the file itself"),
+    ("a.csv", b"<!DOCTYPE html>\n<html>", "download the file itself"),
+    ("a.jsonl.gz", b'{"document": "a"}\n', "call it a.jsonl"),
+    ("a.jsonl.gz", gzip.compress(b'{"document": "a, b"}\n' * 99)[:-12], "copy it again")])
+def test_a_file_that_is_not_what_its_name_says_is_called_by_its_own(tmp_path, name, content, advice):
+    pytest.importorskip("datasets")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        load_posts(str(tmp_path / name))
+    assert str(caught.value).endswith(f"{advice}.")

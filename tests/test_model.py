@@ -1107,6 +1107,47 @@ def test_a_folder_that_is_something_else_is_called_by_its_name(whole, tmp_path):
     assert "adapter of somebody/base" in message and "merge" in message
 
 
+def test_a_folder_beside_the_model_names_the_model_s(whole, tmp_path):
+    """A folder of folders, shards without their index, a run that was killed, and a run's own adapters."""
+    outer = tmp_path / "outer"
+    shutil.copytree(whole / "single", outer / "snapshots" / "abc")
+    assert f"give {outer / 'snapshots' / 'abc'}." in refusal(ValueError, load, outer)
+    shards = shutil.copytree(whole / "sharded", tmp_path / "shards")
+    (shards / "model.safetensors.index.json").unlink()
+    assert "no model.safetensors.index.json" in refusal(ValueError, load, shards)
+    run = tmp_path / "runs" / "killed"
+    (run / "checkpoint").mkdir(parents=True)
+    (run / "config.json").write_text("{}", encoding="utf-8")
+    (run / "checkpoint" / "state.pt").write_bytes(b"")
+    assert "--run killed --resume" in refusal(ValueError, load, run)
+    shutil.copytree(whole / "single", run / "model")
+    (run / "adapter").mkdir()
+    (run / "adapter" / "adapter_config.json").write_text("{}", encoding="utf-8")
+    assert f"give {run / 'model'}," in refusal(ValueError, load, run / "adapter")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model.", "language_model."])
+def test_weights_of_a_wrapper_say_which(whole, tmp_path, prefix):
+    folder = broken(whole, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    save_file({prefix + name: w for name, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    assert f"begin with '{prefix}'" in refusal(ValueError, load, folder)
+
+
+def test_weights_that_were_saved_in_parts_say_so(whole, tmp_path):
+    """ZeRO-3 leaves an empty tensor where another machine held the weight."""
+    folder = broken(whole, tmp_path)
+    change_weights(folder, lambda w: w.update({NORM: torch.ones(0)}))
+    assert "gather them" in refusal(ValueError, load, folder)
+
+
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbf{}", b'{"author": "J\xfcrgen"}'], ids=["BOM", "Latin-1"])
+def test_json_that_an_editor_saved_otherwise_is_not_to_be_downloaded_again(whole, tmp_path, content):
+    folder = broken(whole, tmp_path)
+    (folder / "config.json").write_bytes(content)
+    assert refusal(ValueError, load, folder).endswith("save it as UTF-8 without a BOM.")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "generation_config.json"])
 def test_what_git_leaves_without_lfs_is_called_by_its_name(whole, tmp_path, name):
     folder = broken(whole, tmp_path)

@@ -774,6 +774,29 @@ def test_a_seed_may_be_the_time_in_nanoseconds(small, cwd, more):
     assert train.main([*args, *more]) == 0
 
 
+@pytest.mark.parametrize("changes", [{"prompts": "2"}, {"loss": "nothing"}, {"beta": None}, {"lean": 1}])
+def test_settings_that_no_run_wrote_are_named(halfway, capsys, changes):
+    """A config.json that was edited by hand, or by a tool."""
+    path = halfway / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    (name, value), = changes.items()
+    assert f"says that {name} is {value!r}, which it cannot be" in untouched(halfway, capsys)
+
+
+def test_settings_that_are_gone_are_not_replaced_by_others(halfway, capsys):
+    """`{}` would go on with the default model and stages, under the name and after the log of this run."""
+    (halfway / "config.json").write_text("{}", encoding="utf-8")
+    assert "does not hold the settings of a run" in untouched(halfway, capsys)
+
+
+def test_a_run_that_was_renamed_advises_its_new_name(halfway, capsys, monkeypatch):
+    halfway.rename(halfway.with_name("other"))
+    real = train.ranks.stop_together
+    monkeypatch.setattr(train.ranks, "stop_together", lambda stop: setattr(stop, "asked", True) or real(stop))
+    assert train.main(["--resume", "--run", "other"]) == 0
+    assert "--run other --resume" in capsys.readouterr().out
+
+
 def test_who_resumes_in_less_memory_is_told_what_a_resumed_run_may_change(halfway, capsys, monkeypatch):
     real = train.memory.rehearse
     full = RuntimeError("not enough memory")
