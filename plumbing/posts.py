@@ -182,7 +182,9 @@ def other_form(path: Path) -> str:
     """What a file is that begins like no file of its name, and what to do; "" where it may be what its name says."""
     with open(path, "rb") as file:
         start = file.read(40)
-    if path.suffix == ".gz" and start and not start.startswith(b"\x1f\x8b") and b"git-lfs" not in start:
+    if not start:
+        return "it is empty: copy it again"
+    if path.suffix == ".gz" and not start.startswith(b"\x1f\x8b") and b"git-lfs" not in start:
         return f"it is not gzip: call it {path.stem}"
     return next((advice for mark, advice in FORMS.items() if start.startswith(mark)
                  and not path.name.endswith((advice.split()[-1], ".gz" if "gzip" in advice else ".zst"))), "")

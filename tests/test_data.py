@@ -340,7 +340,8 @@ def test_one_number_among_the_texts_does_not_put_the_others_into_quotes(tmp_path
     ("a.jsonl", '{"document": "Zürich"}\n'.encode("cp1252"), "save it as UTF-8"),
     ("a.jsonl", b"<!DOCTYPE html>\n<html>", "download the file itself"),
     ("a.csv", b"<!DOCTYPE html>\n<html>", "download the file itself"),
-    ("a.jsonl.gz", b'{"document": "a"}\n', "call it a.jsonl"),
+    ("a.jsonl.gz", b'{"document": "a"}\n', "call it a.jsonl"), ("a.json", b"", "copy it again"),
+    ("a.csv", b"", "copy it again"), ("a.parquet", b"", "copy it again"),
     ("a.jsonl.gz", gzip.compress(b'{"document": "a, b"}\n' * 99)[:-12], "copy it again")])
 def test_a_file_that_is_not_what_its_name_says_is_called_by_its_own(tmp_path, name, content, advice):
     pytest.importorskip("datasets")
