@@ -64,8 +64,13 @@ def cwd(tmp_path, monkeypatch) -> Path:
 
 
 def start(cwd: Path, *args: str) -> subprocess.Popen:
+    def hear_signals():  # also where these tests run under nohup, or behind an "&"
+        for name in ("SIGHUP", "SIGINT"):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+
     return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args], cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            preexec_fn=None if sys.platform == "win32" else hear_signals)
 
 
 def lines(path: Path) -> list[dict]:
