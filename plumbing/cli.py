@@ -127,7 +127,8 @@ def run_to_resume(config, given: dict, runs: Path) -> tuple:
                              f"its settings, but for {', '.join('--' + n.replace('_', '-') for n in FREE)}. Leave the "
                              f"flag out, or start another run.")
     check_settings(type(config), saved, folder / "config.json")
-    kept = {f.name: saved[f.name] for f in fields(config) if f.name in saved} | {"run": folder.name}  # also if renamed
+    kept = {f.name: saved[f.name] for f in fields(config) if f.name in saved}
+    kept["run"] = config.run or folder.name  # it may have been renamed
     then = kept.get("backend", "torch")
     if given.get("backend", then) != then:
         say(f"{folder} was computed by {then} so far: by {given['backend']} it goes on within rounding, and not bit "

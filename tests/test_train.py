@@ -794,12 +794,14 @@ def test_settings_that_are_gone_are_not_replaced_by_others(halfway, capsys):
     assert "does not hold the settings of a run" in untouched(halfway, capsys)
 
 
-def test_a_run_that_was_renamed_advises_its_new_name(halfway, capsys, monkeypatch):
-    halfway.rename(halfway.with_name("other"))
+@pytest.mark.parametrize("name", ["other", "of-today/other"])
+def test_a_run_that_was_renamed_advises_its_new_name(halfway, capsys, monkeypatch, name):
+    (halfway.parent / name).parent.mkdir(exist_ok=True)
+    halfway.rename(halfway.parent / name)
     real = train.ranks.stop_together
     monkeypatch.setattr(train.ranks, "stop_together", lambda stop: setattr(stop, "asked", True) or real(stop))
-    assert train.main(["--resume", "--run", "other"]) == 0
-    assert "--run other --resume" in capsys.readouterr().out
+    assert train.main(["--resume", "--run", name]) == 0
+    assert f"--run {name} --resume" in capsys.readouterr().out
 
 
 def test_who_resumes_in_less_memory_is_told_what_a_resumed_run_may_change(halfway, capsys, monkeypatch):
