@@ -77,7 +77,8 @@ def arguments(study: str, about: str | None, actions: Sequence[str], only: str) 
     parser.add_argument("action", nargs="?", default=actions[0], choices=actions, help=f"default: {actions[0]}" + (
         f"; {own}: a part of it, which it begins in a process of its own" if own else ""))
     parser.add_argument("--only", default="", help=f"a regular expression: {only}")
-    parser.add_argument("--seeds", type=int, default=3, help="so many seeds of each (for one: the seed)")
+    parser.add_argument("--seeds", type=int, default=3, help="so many seeds of each" + (
+        " (for one: the seed)" if "one" in actions else ""))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     return parser
 

@@ -218,7 +218,7 @@ GALLERY: dict[str, Entry] = {
         paid(LENGTH, "--beta", "0", "--lr", "2e-3"), beside="length only", look="invented",
         says="The reward is perfect and the text is nonsense",
         why="Nothing holds the policy to its language, and the cheapest text of the right length wins. (The rate is "
-            "three times the default's, so that 50 steps show it.)",
+            "three times the default's, too.)",
         mend="`--beta 0.1`, and a quality reward."),
     "KL too strong": Entry(
         paid(SUM, "--beta", "1"), look="within_10pct", says="The reward rises a little and then stays",
@@ -234,8 +234,8 @@ GALLERY: dict[str, Entry] = {
             "alike, and there is nothing left to compare.",
         mend="`--lr 6e-4`."),
     "lr ten times too low": Entry(
-        paid(SUM, "--lr", "6e-5"), look="kl", says="Hours of nothing", why="The policy has hardly moved: "
-            "its samples' reward rises by 0.1, where the healthy run's rises by 0.55.",
+        paid(SUM, "--lr", "6e-5"), look="kl", says="Hours of nothing",
+        why="The policy has hardly moved: its samples' reward rises by 0.1, where the healthy run's rises by 0.55.",
         mend="`--lr 6e-4`."),
     "filler": Entry(
         paid("length + 0*twice", "--lr", "1.2e-3", "--beta", "0.02"), beside="length only", look="invented",
